@@ -6,11 +6,11 @@
 __all__ = ['pools', 'features', 'losses', 'metrics', 'cls_pool', 'pooler_pool', 'mean_pool', 'special_ids', 'HeadConfig',
            'Output', 'scaled', 'cross_entropy', 'bce', 'mse', 'cosine_mse', 'cosine_embedding', 'mnrl', 'Head',
            'decide', 'MultitaskBert', 'make_batch', 'accuracy', 'pearson', 'overall', 'has_bf16', 'autocast',
-           'by_tokens', 'predict_logits', 'predict_rows', 'as_rows', 'our_three_texts', 'encoder_cosine',
+           'by_tokens', 'predict_logits', 'predict_rows', 'write_model', 'as_rows', 'our_three_texts', 'encoder_cosine',
            'encoder_floor']
 
-# %% ../nbs/04_heads.ipynb #b9beb542
-import json
+# %% ../nbs/04_heads.ipynb #e95bbba2
+import json, tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .bert import BertModel
-from .data import Batch, Encoded, Rows, Task, UserError, best_threshold, collate, encode, load_tokenizer, tasks, three_texts, write_atomic
+from .bert import BertModel, write_checkpoint
+from .data import Batch, Encoded, Rows, Task, UserError, best_threshold, collate, encode, load_tokenizer, tasks, three_texts
 
 # %% ../nbs/04_heads.ipynb #3eb16926
 def cls_pool(out, mask): return out.last_hidden_state[:, 0]
@@ -238,14 +239,27 @@ def predict_rows(model:MultitaskBert, task:str, encoded:Encoded, progress=iter) 
     "The answer for every row, in the units of the labels (rows,)."
     return decide(predict_logits(model, task, encoded, progress), model.configs[task]).numpy()
 
-# %% ../nbs/04_heads.ipynb #d09ec73c
+# %% ../nbs/04_heads.ipynb #0f04fbfb
+def write_model(model:MultitaskBert, folder:Path):
+    "The files of a model directory: an ordinary BERT's, and the heads."
+    write_checkpoint(model.bert, folder)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.heads.state_dict().items()}
+    save_file(state or {"none": torch.zeros(1)}, folder/"heads.safetensors")
+    heads = [asdict(c) for c in model.configs.values()]
+    (folder/"heads.json").write_text(json.dumps({"max_length": model.max_length, "heads": heads}, indent=1) + "\n")
+
 def _save(self, directory:str|Path) -> Path:
-    "Write encoder and heads as a directory that `from_pretrained` opens."
-    directory = self.bert.save_pretrained(directory)
-    state = {k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}
-    save_file(state or {"none": torch.zeros(1)}, directory/"heads.safetensors")
-    write_atomic(directory/"heads.json", json.dumps({"max_length": self.max_length, "heads": [asdict(c) for c in self.configs.values()]}, indent=1))
-    return directory
+    "Write encoder and heads as a directory that `from_pretrained` opens: whole, or not at all."
+    folder = Path(directory)
+    if folder.exists() and not (folder/"heads.json").exists(): raise UserError(f"{folder} exists and is not a model of ours: choose another directory")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as tmp:
+            write_model(self, new := Path(tmp)/"new")
+            if folder.exists(): folder.rename(Path(tmp)/"old")
+            new.rename(folder)
+    except (OSError, SafetensorError) as e: raise UserError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}") from e
+    return folder
 
 def _load(cls, run_dir:str|Path) -> MultitaskBert:
     "Open a model directory, or a run directory that holds one."

@@ -136,7 +136,7 @@ schedules = {"constant": lambda total, warmup: constant(), "linear": linear, "co
 
 def make_schedule(c:TrainConfig) -> Callable[[int], float]:
     "step → multiplier, over the whole run."
-    return schedules[c.schedule](c.steps, int(c.warmup * c.steps))
+    return schedules[c.schedule](max(1, c.steps), int(c.warmup * c.steps))
 
 # %% ../nbs/06_train.ipynb #311817ea
 def save_state(
@@ -268,6 +268,7 @@ def _watch(run, loop, model, optimizer, dev, config, done, memo, started, save_s
     at = {round(config.steps * (k + 1) / config.evals) for k in range(config.evals)}
     some = {t: encode_some(e, config.eval_rows) for t, e in dev.items()}
     recent, saved = {}, time.monotonic()
+    if not config.steps: model.save_pretrained(run.path/"model")      # an untrained row: nothing to watch
     with tqdm(total=config.steps, initial=done, desc="training", unit="step", disable=not progress, mininterval=.5) as bar:
         for step, values in loop:
             for t, v in values.items(): recent[t] = v if t not in recent else .95 * recent[t] + .05 * v
