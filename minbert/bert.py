@@ -244,17 +244,19 @@ def read_config(
     try: return BertConfig(**{k: v for k, v in raw.items() if k in known and v is not None})
     except (UserError, TypeError) as e: raise UserError(f"{path}: {e}") from None
 
-# %% ../nbs/02_bert.ipynb #ccc60fc3
+# %% ../nbs/02_bert.ipynb #73c9ac41
 def read_weights(
     folder:Path, # holds `model.safetensors`, or `pytorch_model.bin` of former days
 ) -> dict[str, Tensor]: # as stored
     "Read the tensors of a checkpoint, never running code that a file may hold."
     safe, old = folder / "model.safetensors", folder / "pytorch_model.bin"
     path = safe if safe.exists() else old
-    try: return load_file(safe) if path == safe else torch.load(old, map_location="cpu", weights_only=True)
+    try: state = load_file(safe) if path == safe else torch.load(old, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin") from None
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{path} is cut short, damaged, or holds more than weights: fetch it again") from None
+    if not isinstance(state, dict): raise UserError(f"{path} does not hold tensors by name")
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
 # %% ../nbs/02_bert.ipynb #9140864e
 def hf_names(
