@@ -65,7 +65,7 @@ def as_paper(
     outside = form == "handout" or not correct_bias
     return rate, eps / c2 if outside else eps, lr * weight_decay / rate if rate else 0.
 
-# %% ../nbs/03_adamw.ipynb #e55fa080
+# %% ../nbs/03_adamw.ipynb #dc664468
 def blocked(
     step:Callable, # `handout_step` or `paper_step`
     theta:torch.Tensor, g:torch.Tensor, m:torch.Tensor, v:torch.Tensor, # of one parameter
@@ -73,9 +73,9 @@ def blocked(
     size:int=2**17, # elements in a block; four blocks of float32 fill 2 MiB of cache
     **hypers
 ):
-    "A step in blocks that stay in the cache, where all four tensors are contiguous; else at once."
+    "A step in blocks that stay in the processor's cache, where all four tensors are contiguous; else at once."
     tensors = theta, g, m, v
-    if all(x.is_contiguous() for x in tensors): pieces = zip(*(x.view(-1).split(size) for x in tensors))
+    if theta.device.type == "cpu" and all(x.is_contiguous() for x in tensors): pieces = zip(*(x.view(-1).split(size) for x in tensors))
     else: pieces = [tensors]
     for piece in pieces: step(*piece, t, **hypers)
 
