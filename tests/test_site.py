@@ -1,0 +1,144 @@
+"""The site: the notebooks as pages, their links, anchors and pictures, and one look in a real browser."""
+import functools, html.parser, json, re, shutil, sys
+from http.server import SimpleHTTPRequestHandler
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from conftest import NOTEBOOKS, run, serving
+
+
+@pytest.fixture(scope="module")
+def processed(checkout):
+    "The notebooks as nbdev hands them to Quarto, in a copy of the checkout."
+    copy = checkout("site")
+    got = run(sys.executable, "-c", "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=1)", cwd=copy, timeout=400)
+    assert got.returncode == 0, got.stderr[-1500:]
+    return copy/"_proc"
+
+
+@pytest.fixture(scope="module")
+def site(processed):
+    "The pages, made by smalldocs from the same `_quarto.yml`."
+    got = run(Path(sys.executable).with_name("smalldocs"), "render", processed, timeout=300)
+    assert got.returncode == 0, got.stderr + got.stdout
+    known = ("execute.enabled", "html-math-method", "output-file is not read", "metadata-files")
+    notes = [x for x in (got.stdout + got.stderr).splitlines() if x.startswith("warning") and not any(k in x for k in known)]
+    assert not notes, "\n".join(notes)
+    return next(p for p in (processed/"_site", processed/"_docs", processed.parent/"_docs") if p.is_dir())
+
+
+class Page(html.parser.HTMLParser):
+    "Links, targets, pictures and the running text of a page, without code."
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.ids, self.pictures, self.text, self.inside, self.code = [], set(), [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if a.get("id"): self.ids.add(a["id"])
+        if a.get("name") and tag == "a": self.ids.add(a["name"])
+        if tag in ("a", "link") and a.get("href"): self.links.append(a["href"])
+        if tag == "script" and a.get("src"): self.links.append(a["src"])
+        if tag == "img": self.pictures.append(a.get("src", ""))
+        if tag in ("code", "pre", "script", "style", "math"): self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.inside and self.inside[-1] == tag: self.inside.pop()
+
+    def handle_data(self, data): (self.code if self.inside else self.text).append(data)
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {p.relative_to(site).as_posix(): Page(p) for p in site.rglob("*.html")}
+
+
+def test_every_notebook_is_a_page(pages, site):
+    assert {p.stem + ".html" for p in NOTEBOOKS} <= set(pages)
+    assert all(len("".join(p.text)) > 500 for name, p in pages.items() if name[0].isdigit())
+
+
+def target(href):
+    "Quarto names the page of `00_data.ipynb` data.html, smalldocs 00_data.html: known, so either name counts."
+    names = {re.sub(r"^\d+_", "", p.stem): p.stem for p in NOTEBOOKS}
+    stem = Path(href).stem
+    return href if not href.endswith(".html") or stem not in names else href.replace(stem, names[stem])
+
+
+def test_links_and_anchors(pages, site):
+    broken = []
+    for name, page in pages.items():
+        for link in page.links:
+            u = urlsplit(link)
+            if u.scheme or link.startswith("//"):
+                own = "github.io/minbert/" in link
+                if not own or u.path.rstrip("/") in ("/minbert", ""): continue
+                path, anchor = target(u.path.removeprefix("/minbert/")), ""      # nbdev's links to the published site
+            else: path, anchor = target(unquote(u.path)), u.fragment
+            there = (site/name).parent/path if path else site/name
+            if there.is_dir(): there = there/"index.html"
+            other = pages.get(there.resolve().relative_to(site.resolve()).as_posix()) if there.resolve().is_relative_to(site.resolve()) else None
+            if not there.exists(): broken.append(f"{name}: {link}")
+            elif anchor and other and anchor not in other.ids: broken.append(f"{name}: no anchor {link}")
+    assert not broken, "\n".join(sorted(set(broken)))
+
+
+def test_pictures(pages, site, processed):
+    for name, page in pages.items():
+        for src in page.pictures:
+            if src.startswith("data:"): assert len(src) > 500, name
+            elif not urlsplit(src).scheme: assert ((site/name).parent/unquote(src)).is_file(), f"{name}: {src}"
+            else: pytest.fail(f"{name}: a picture from elsewhere, {src}")
+    for nb in NOTEBOOKS:
+        stored = sum("image/png" in o.get("data", {}) for c in json.loads((processed/nb.name).read_text())["cells"] for o in c.get("outputs", []))
+        assert len(pages[nb.stem + ".html"].pictures) >= stored, f"{nb.stem}: a figure is not on its page"
+
+
+def test_nothing_is_left_raw(pages):
+    wrong = []
+    for name, page in pages.items():
+        words = "".join(page.text)
+        for pattern in (r"\{#\w+", r":::", r"#\|", r"\{\.[a-z-]+\}", r"\[\[", r"\]\(", r"\*\*\w", r"Traceback \(most recent", r"nbdev_export"):
+            if m := re.search(pattern, words): wrong.append(f"{name}: {words[max(0, m.start() - 40):m.end() + 40]!r}")
+        if m := re.search(r"^\s*#\|.*$", "".join(page.code), re.M): wrong.append(f"{name}: {m[0]!r} in a code cell")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_exported_names_have_their_parameters(pages):
+    "What a notebook exports is documented on its page, with the docments' text."
+    text = "".join(pages["06_train.html"].text + pages["06_train.html"].code)
+    for words in ("fit", "steps of the whole run", "the run directory"): assert words in text, words
+
+
+browsers = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def test_in_a_browser(pages, site):
+    program = next(filter(None, map(shutil.which, browsers)), None)
+    if not program: pytest.skip("no browser: install Debian's chromium to have this look")
+    sync = pytest.importorskip("playwright.sync_api")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+
+    with serving(functools.partial(Quiet, directory=str(site))) as url, sync.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        context.route(lambda u: not u.startswith(url), lambda r: r.abort())       # nothing from elsewhere is needed, and nothing is asked for
+        for name in sorted(pages):
+            page, errors = context.new_page(), []
+            page.on("pageerror", lambda e: errors.append(str(e)))
+            page.on("console", lambda m: errors.append(m.text) if m.type == "error" and "ERR_FAILED" not in m.text and "favicon" not in (m.location or {}).get("url", "") else None)
+            page.on("response", lambda r: errors.append(f"{r.status} {r.url}") if r.status >= 400 and "favicon" not in r.url else None)
+            assert page.goto(url + name, wait_until="load", timeout=60_000).ok
+            sizes = page.evaluate("Array.from(document.images).map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
+            assert len(sizes) == len(pages[name].pictures) and all(natural > 0 and shown > 0 for natural, shown in sizes), f"{name}: a figure is not displayed: {sizes}"
+            assert page.locator("h1").first.is_visible() and page.title()
+            wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            assert wide <= 1, f"{name}: the page is {wide} pixels too wide"
+            assert not [e for e in errors if "katex" not in e.lower()], f"{name}: {errors}"      # smalldocs asks a CDN for KaTeX, Quarto does not
+            page.close()
+        browser.close()
