@@ -8,7 +8,7 @@ __all__ = ['tasks', 'main_tasks', 'three_texts', 'task_colors', 'published', 're
            'load_tasks', 'summary', 'plot_hist', 'overlap', 'best_threshold', 'floors', 'hygiene', 'load_tokenizer',
            'pocket_vocab', 'Encoded', 'encode', 'Batch', 'cut_longest', 'collate', 'order']
 
-# %% ../nbs/00_data.ipynb #117a2c54
+# %% ../nbs/00_data.ipynb #9e3a3c0c
 import csv, hashlib, importlib.util, io, os, random, re, tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,8 +16,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import pooch
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -217,7 +215,7 @@ def digest(
     "The hash of a file's content, of the kind that the registry pins."
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() if kind == "blob" else hashlib.sha256(data).hexdigest()
 
-# %% ../nbs/00_data.ipynb #10478775
+# %% ../nbs/00_data.ipynb #8faa363b
 def fetch(
     directory:str|Path, # where the files go; those that are there and whole are not fetched again
     url:str=published, # address of the folder that holds the files
@@ -235,6 +233,7 @@ def fetch(
 
 def _download(url, path, kind, expected, progress):
     "Fetch one file under a temporary name, check it, rename it."
+    import pooch
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +314,7 @@ class Corpus:
         cut = {t: {s: r.take(range(min(n, len(r)))) for s, r in splits.items()} for t, splits in self.rows.items()}
         return Corpus(cut, self.name, n)
 
-# %% ../nbs/00_data.ipynb #693386cb
+# %% ../nbs/00_data.ipynb #7be0c4bd
 def _checkout():
     "The roots of a checkout that we may be in: above the working directory, above the package."
     spec = importlib.util.find_spec("minbert")
@@ -324,6 +323,7 @@ def _checkout():
 
 def cache_dir() -> Path:
     "The user's cache directory for downloaded data."
+    import pooch
     return Path(pooch.os_cache("minbert"))/"data"
 
 def _read(directory, names):
@@ -358,11 +358,12 @@ def load_tasks(
         print("No data here and none could be fetched: using the pocket corpus, a small made-up stand-in.")
         return Corpus(pocket(), "pocket")
 
-# %% ../nbs/00_data.ipynb #bd02ae2a
+# %% ../nbs/00_data.ipynb #787324a8
 def summary(
     corpus:Corpus, # from `load_tasks`
-) -> pd.DataFrame: # one row a file
+) -> "pd.DataFrame": # one row a file
     "What was found: file, rows, rows skipped for want of a label, words, labels, hash."
+    import pandas as pd
     def line(r):
         words = np.array([sum(len(t.split()) for t in texts) for texts in r.texts])
         label = "none" if r.labels is None else f"mean {r.labels.mean():.2f}" if r.task.kind == "score" else " / ".join(
@@ -407,11 +408,12 @@ def best_threshold(
     k = np.flatnonzero(ends)[np.argmax(right[ends])]
     return np.inf if k == 0 else s[k - 1]
 
-# %% ../nbs/00_data.ipynb #b081fe0f
+# %% ../nbs/00_data.ipynb #a68c9e42
 def floors(
     corpus:Corpus, # thresholds and majorities come from train, scores from dev
-) -> pd.DataFrame: # rows: majority, word overlap; columns: tasks
+) -> "pd.DataFrame": # rows: majority, word overlap; columns: tasks
     "Dev scores that need no model."
+    import pandas as pd
     out = pd.DataFrame(index=["majority", "word overlap"], columns=[t for t in main_tasks if t in corpus], dtype=float)
     for name in out.columns:
         train, dev = corpus[name]["train"], corpus[name]["dev"]
@@ -423,13 +425,14 @@ def floors(
                                          else ((s >= best_threshold(s_train, train.labels)) == dev.labels).mean())
     return out
 
-# %% ../nbs/00_data.ipynb #6ef7c746
+# %% ../nbs/00_data.ipynb #1afeebc6
 def _key(texts): return tuple(sorted(re.sub(r"[\W_]+", "", t.lower()) for t in texts))
 
 def hygiene(
     corpus:Corpus, # from `load_tasks`
-) -> pd.DataFrame: # one row a task and split
+) -> "pd.DataFrame": # one row a task and split
     "Count repeats inside each split and those shared with train."
+    import pandas as pd
     out = []
     for name, splits in corpus.rows.items():
         train = {_key(x) for x in splits["train"].texts}
@@ -439,7 +442,7 @@ def hygiene(
             out.append({"task": name, "split": split, "rows": len(r), "repeats inside": len(keys) - len(set(keys)), "also in train": shared})
     return pd.DataFrame(out)
 
-# %% ../nbs/00_data.ipynb #ddb5aa02
+# %% ../nbs/00_data.ipynb #0f399d32
 specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 def load_tokenizer(
@@ -447,7 +450,7 @@ def load_tokenizer(
     lowercase:bool=True, # the model is an uncased one
 ) -> Tokenizer: # adds no special tokens: `collate` places them
     "BERT's WordPiece tokenizer over a vocabulary."
-    tokens = Path(vocab).read_text(encoding="utf-8").splitlines() if isinstance(vocab, (str, Path)) else list(vocab)
+    tokens = Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n") if isinstance(vocab, (str, Path)) else list(vocab)
     missing = [s for s in specials if s not in tokens]
     if missing: raise UserError(f"the vocabulary has no {missing[0]}: it is not BERT's")
     tok = Tokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]", max_input_chars_per_word=100))
