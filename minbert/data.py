@@ -58,11 +58,19 @@ class Task:
     title: str = "" # for figures and tables
 
     @property
-    def pair(self) -> bool: return len(self.texts) == 2
+    def pair(self) -> bool:
+        "Whether a row has two texts."
+        return len(self.texts) == 2
+
     @property
-    def n_classes(self) -> int: return int(self.high) + 1 if self.kind == "class" else 1
+    def n_classes(self) -> int:
+        "Outputs of the task's head."
+        return int(self.high) + 1 if self.kind == "class" else 1
+
     @property
-    def metric(self) -> str: return "pearson" if self.kind == "score" else "accuracy"
+    def metric(self) -> str:
+        "What the task is scored by."
+        return "pearson" if self.kind == "score" else "accuracy"
 
 # %% ../nbs/00_data.ipynb #2bfc9715
 _pair = ("sentence1", "sentence2")

@@ -28,9 +28,16 @@ from .bert import BertModel, write_checkpoint
 from .data import Batch, Encoded, Rows, Task, UserError, best_threshold, collate, encode, load_tokenizer, tasks, three_texts
 
 # %% ../nbs/04_heads.ipynb #3eb16926
-def cls_pool(out, mask): return out.last_hidden_state[:, 0]
-def pooler_pool(out, mask): return out.pooler_output
+def cls_pool(out, mask):
+    "The first token's vector (r, d)."
+    return out.last_hidden_state[:, 0]
+
+def pooler_pool(out, mask):
+    "BERT's own pooler on the first token (r, d)."
+    return out.pooler_output
+
 def mean_pool(out, mask):
+    "Mean of the real tokens' vectors (r, d)."
     m = mask[..., None].to(out.last_hidden_state.dtype)               # (r, n, 1)
     return (out.last_hidden_state * m).sum(1) / m.sum(1)              # (r, d)
 
@@ -61,9 +68,14 @@ class HeadConfig:
             if value not in known: raise UserError(f"head of {self.task.name}: {name} is {value!r}, not one of {', '.join(known)}")
 
     @property
-    def two(self) -> bool: return self.task.pair and self.pairs == "separate"
+    def two(self) -> bool:
+        "Whether a row becomes two sequences."
+        return self.task.pair and self.pairs == "separate"
+
     @property
-    def cosine(self) -> bool: return self.two and self.features == "cosine"
+    def cosine(self) -> bool:
+        "Whether the answer is a cosine."
+        return self.two and self.features == "cosine"
 
 features = {"concat": lambda u, v: torch.cat([u, v], -1), "concat_diff": lambda u, v: torch.cat([u, v, (u - v).abs()], -1)}
 
@@ -74,13 +86,28 @@ class Output(NamedTuple):
     u: Tensor # (b, d) pooled vectors of the first (or only) sequences
     v: Tensor|None = None # (b, d) of the second sequences, with separate pairs
 
-def scaled(labels, task): return (labels - task.low) / (task.high - task.low)    # (b,) in [0, 1]
+def scaled(labels, task):
+    "Labels as a share of the task's range (b,), in [0, 1]."
+    return (labels - task.low) / (task.high - task.low)
 
-def cross_entropy(out, labels, c): return F.cross_entropy(out.logits, labels.long())
-def bce(out, labels, c): return F.binary_cross_entropy_with_logits(out.logits, labels)
-def mse(out, labels, c): return F.mse_loss(out.logits, labels)
-def cosine_mse(out, labels, c): return F.mse_loss(out.logits, scaled(labels, c.task))
+def cross_entropy(out, labels, c):
+    "Classes: mean of -log p of the right one."
+    return F.cross_entropy(out.logits, labels.long())
+
+def bce(out, labels, c):
+    "Yes or no: binary cross-entropy on the logit."
+    return F.binary_cross_entropy_with_logits(out.logits, labels)
+
+def mse(out, labels, c):
+    "Scores: mean squared error on the label's own scale."
+    return F.mse_loss(out.logits, labels)
+
+def cosine_mse(out, labels, c):
+    "Mean squared error between the cosine and the scaled label."
+    return F.mse_loss(out.logits, scaled(labels, c.task))
+
 def cosine_embedding(out, labels, c):
+    "1 - cos for positive pairs, max(0, cos) for negative ones."
     positive = scaled(labels, c.task) >= c.threshold
     return torch.where(positive, 1 - out.logits, out.logits.relu()).mean()
 
@@ -154,8 +181,13 @@ class MultitaskBert(nn.Module):
         c = self.configs[task]
         return losses[c.loss](out, batch.labels, c)
 
-    def shared(self) -> list[nn.Parameter]: return list(self.bert.parameters())
-    def own(self, task:str) -> list[nn.Parameter]: return list(self.heads[task].parameters())
+    def shared(self) -> list[nn.Parameter]:
+        "The encoder's parameters, which every task trains."
+        return list(self.bert.parameters())
+
+    def own(self, task:str) -> list[nn.Parameter]:
+        "The parameters of one task's head."
+        return list(self.heads[task].parameters())
 
 # %% ../nbs/04_heads.ipynb #ab5b8144
 def make_batch(

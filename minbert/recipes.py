@@ -60,7 +60,9 @@ class Recipe:
     note: str = "" # what the report leaves open and how we read it
 
     @property
-    def title(self) -> str: return reported[self.row][0]
+    def title(self) -> str:
+        "The row's name in its report."
+        return reported[self.row][0]
 
 mixings = {"single": single, "round_robin": round_robin, "summed": summed}
 combines = {"sum": sum_losses}
