@@ -125,15 +125,9 @@ def test_a_changed_cell_makes_a_difference(checkout):
     assert differences(ROOT/"minbert", copy/"minbert", "*.py") == ["_modidx.py", "mixing.py"]
 
 
-def test_the_readme_is_the_index():
-    "Where there is an index notebook, its words are the README's."
-    index, readme = ROOT/"nbs"/"index.ipynb", ROOT/"README.md"
-    if not index.exists(): pytest.skip("no index yet")
-    words = " ".join(readme.read_text(encoding="utf-8").split())
-    for c in cells(index):
-        if c["cell_type"] != "markdown": continue
-        for line in source(c).splitlines():
-            if re.match(r"[A-Z].{20,}[.:]$", line.strip()) and "`" not in line: assert " ".join(line.split()) in words, line
+def test_the_readme_is_made_from_the_index():
+    got = run(sys.executable, ROOT/".ci"/"readme.py", "--check")
+    assert got.returncode == 0, got.stderr
 
 
 def test_settings_that_matter():

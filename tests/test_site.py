@@ -76,7 +76,7 @@ def test_links_and_anchors(pages, site):
             if u.scheme or link.startswith("//"):
                 own = "github.io/minbert/" in link
                 if not own or u.path.rstrip("/") in ("/minbert", ""): continue
-                path, anchor = target(u.path.removeprefix("/minbert/")), ""      # nbdev's links to the published site
+                path, anchor = target(u.path.removeprefix("/minbert/")), u.fragment      # nbdev's links to the published site
             else: path, anchor = target(unquote(u.path)), u.fragment
             there = (site/name).parent/path if path else site/name
             if there.is_dir(): there = there/"index.html"
