@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['project', 'random_order', 'inner_products', 'gramian', 'pcgrad', 'collect', 'average', 'surgery', 'weighted',
-           'agreed', 'pcgrad_weights']
+           'agreed', 'pcgrad_weights', 'diagnose', 'moved', 'slope', 'dot', 'curvature_taylor', 'curvature_slopes',
+           'curvature_hessian', 'layer_groups', 'without_dropout', 'measure', 'Atlas']
 
-# %% ../nbs/07_pcgrad.ipynb #e531838f
+# %% ../nbs/07_pcgrad.ipynb #c4161fc4
 import json, re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import UserError, task_colors
 
@@ -148,3 +151,152 @@ def pcgrad_weights(
 ) -> Tensor: # (T,)
     "PCGrad in a random order drawn from torch's generator."
     return project(G, random_order(len(G))).sum(0)
+
+# %% ../nbs/07_pcgrad.ipynb #d7979dfa
+def diagnose(
+    G:Tensor, # (T, T) Gramian
+    i:int, # a task
+    j:int, # another
+) -> dict[str, float]: # cos, phi, xi; NaN where a gradient is zero
+    "Yu et al.'s measures of one pair of tasks."
+    a, b, d = float(G[i, i]), float(G[j, j]), float(G[i, j])
+    if a * b == 0: return dict.fromkeys(("cos", "phi", "xi"), float("nan"))
+    cos, both = d / (a * b)**.5, a + b + 2 * d                                  # ‖g_i + g_j‖²
+    return {"cos": cos, "phi": 2 * (a * b)**.5 / (a + b), "xi": (1 - cos**2) * (a + b - 2 * d) / both if both > 0 else float("inf")}
+
+# %% ../nbs/07_pcgrad.ipynb #cbe157fb
+@contextmanager
+def moved(
+    params:list[nn.Parameter], # θ
+    direction:list[Tensor], # same shapes
+    t:float, # how far
+):
+    "Inside, the parameters stand at θ + t·direction; afterwards exactly where they were."
+    old = [p.data for p in params]
+    for p, d in zip(params, direction): p.data = p.data + t * d
+    try: yield
+    finally:
+        for p, o in zip(params, old): p.data = o
+
+def slope(
+    value:Tensor, # a scalar
+    params:list[nn.Parameter], # θ
+    **kw, # for autograd
+) -> list[Tensor]: # zeros where the value does not depend on a parameter
+    "Gradient that leaves `.grad` alone."
+    return list(torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True, **kw))
+
+def dot(a:list[Tensor], b:list[Tensor]) -> float: return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b))
+
+# %% ../nbs/07_pcgrad.ipynb #29778c55
+def curvature_taylor(
+    start:float, # L(θ)
+    end:float, # L(θ - t g)
+    g2:float, # ‖g‖²
+    t:float, # step
+) -> float: # H̃
+    "From two values of the loss."
+    return 2 * (end - start + t * g2) / t**2
+
+def curvature_slopes(
+    loss:Callable[[], Tensor], # L at the parameters as they stand
+    params:list[nn.Parameter], # θ
+    t:float, # step
+) -> float: # H
+    "From two gradients: exact."
+    g = slope(loss(), params)
+    with moved(params, g, -t): end = slope(loss(), params)
+    return (dot(g, g) - dot(g, end)) / t
+
+def curvature_hessian(
+    loss:Callable[[], Tensor], # L at the parameters as they stand
+    params:list[nn.Parameter], # θ
+    t:float, # step
+    points:int=8, # of the midpoint rule
+) -> float: # H
+    "By the definition, with Hessian-vector products."
+    g, total = [x.detach() for x in slope(loss(), params)], 0.
+    for k in range(points):
+        with sdpa_kernel(SDPBackend.MATH), moved(params, g, -t * (k + .5) / points):
+            along = sum((x * v).sum() for x, v in zip(slope(loss(), params, create_graph=True), g))
+            total += dot(slope(along, params), g) / points
+    return total
+
+# %% ../nbs/07_pcgrad.ipynb #edb1436c
+def layer_groups(
+    names:list[str], # of the parameters
+) -> dict[str, list[int]]: # "embeddings", "layer 0", …, "rest" → positions in the list
+    "Which parameters belong together."
+    groups = {}
+    for k, name in enumerate(names):
+        layer = re.search(r"layer\.(\d+)\.", name)
+        group = f"layer {layer[1]}" if layer else "embeddings" if "embeddings" in name else "rest"
+        groups.setdefault(group, []).append(k)
+    return groups
+
+@contextmanager
+def without_dropout(model:nn.Module):
+    "Inside, the model is in eval mode; afterwards each part is in the mode it was in."
+    was = {m: m.training for m in model.modules()}
+    model.eval()
+    try: yield
+    finally:
+        for m, mode in was.items(): m.training = mode
+
+# %% ../nbs/07_pcgrad.ipynb #fb0394c1
+def measure(
+    model, # with `loss(task, batch, model(task, batch))` and `shared()`
+    batches:list[tuple[str, object]], # (task, batch) of one step
+    radius:float=.01, # length of the probing step ‖θ' - θ‖
+) -> dict: # tasks, loss, gram (layer group → lower triangle), curvature (pair → H̃)
+    "How the tasks' gradients lie to each other at the present weights, dropout off."
+    ids, loss = {id(p) for p in model.shared() if p.requires_grad}, lambda t, b: model.loss(t, b, model(t, b))
+    named = {k: p for k, p in model.named_parameters() if id(p) in ids}
+    params, T, at, curved = list(named.values()), len(batches), {}, {}
+    with without_dropout(model):
+        values = [loss(t, b) for t, b in batches]
+        grads = [slope(v, params) for v in values]
+        values = [v.item() for v in values]
+        for group, ks in layer_groups(named).items(): at[group] = gramian([[g[k] for k in ks] for g in grads])
+        G = sum(at.values())
+        for i, j in [(i, j) for i in range(T) for j in range(i)]:
+            g2 = float(G[i, i] + G[j, j] + 2 * G[i, j])
+            if g2 <= 0: continue
+            with moved(params, [x + y for x, y in zip(grads[i], grads[j])], -(t := radius / g2**.5)), torch.no_grad():
+                end = sum(loss(*batches[k]).item() for k in (i, j))
+            curved[f"{i},{j}"] = curvature_taylor(values[i] + values[j], end, g2, t)
+    lower = lambda G: [float(f"{x:.5g}") for x in G[tuple(torch.tril_indices(T, T))].tolist()]
+    return {"tasks": [t for t, _ in batches], "loss": [round(v, 6) for v in values], "gram": {k: lower(G) for k, G in at.items()},
+            "curvature": {k: float(f"{h:.5g}") for k, h in curved.items()}}
+
+# %% ../nbs/07_pcgrad.ipynb #a973b603
+class Atlas:
+    "A `combine` that also writes down, every so many steps, how the tasks' gradients lie to each other."
+    def __init__(self,
+        path:str|Path, # a JSON-lines file, one line a look
+        combine:Callable, # the combine that does the work
+        every:int=10, # steps between two looks
+        penalty:Callable=lambda model, task, batch, out: 0., # the penalty that counts, if there is one
+        radius:float=.01, # length of the probing step
+        start:int=0, # steps already done
+    ):
+        self.path, self.combine, self.every, self.inner, self.radius, self.step = Path(path), combine, every, penalty, radius, start
+        self.batches = []
+
+    def penalty(self, model, task, batch, out):
+        "Goes into the `penalty` seam: remembers the batch."
+        self.model = model
+        self.batches.append((task, batch))
+        return self.inner(model, task, batch, out)
+
+    def __call__(self, losses, shared):
+        self.batches = []
+        self.combine(losses, shared)
+        if self.step % self.every == 0: self.write({"step": self.step, **measure(self.model, self.batches, self.radius)})
+        self.step += 1
+
+    def write(self, what:dict):
+        "Add one line."
+        try:
+            with open(self.path, "a") as f: f.write(json.dumps(what, separators=(",", ":")) + "\n")
+        except OSError as e: raise UserError(f"cannot write {self.path}: {e.strerror}") from e
