@@ -6,7 +6,7 @@
 __all__ = ['reported', 'mixings', 'combines', 'penalties', 'recipes', 'presets', 'Recipe', 'get_recipe', 'ingredients', 'Preset',
            'count_steps', 'batch_sizes', 'reversed_too', 'make_heads', 'run_row', 'keep', 'results_table']
 
-# %% ../nbs/11_recipes.ipynb #7bcb42ee
+# %% ../nbs/11_recipes.ipynb #f939cd37
 import gzip, json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from .bert import BertModel
 from .data import Corpus, Rows, UserError, main_tasks, tasks, write_atomic
 from .heads import HeadConfig
 from .mixing import round_robin, single, summed
+from .pcgrad import pcgrad_weights, surgery
 from .train import TrainConfig, build, no_penalty, sum_losses, train
 
 # %% ../nbs/11_recipes.ipynb #e7fa7118
@@ -36,7 +37,7 @@ reported = {
     "S6": ("stsAug", .489, .768, .352), "S7": ("SMART + PCGrad", .510, .758, .360), "S8": ("SMART + stsAug", .524, .774, .343),
     "S9": ("PCGrad + stsAug", .499, .757, .360), "S10": ("SMART + PCGrad + stsAug", .525, .752, .375)}
 
-# %% ../nbs/11_recipes.ipynb #b129ad59
+# %% ../nbs/11_recipes.ipynb #6efeb921
 @dataclass(frozen=True)
 class Recipe:
     "The ingredients of one row."
@@ -65,10 +66,10 @@ class Recipe:
         return reported[self.row][0]
 
 mixings = {"single": single, "round_robin": round_robin, "summed": summed}
-combines = {"sum": sum_losses}
+combines = {"sum": sum_losses, "pcgrad": surgery(pcgrad_weights)}
 penalties = {"none": no_penalty}
 
-# %% ../nbs/11_recipes.ipynb #0ab3be09
+# %% ../nbs/11_recipes.ipynb #cc2272dc
 _sep = Recipe("E4", pairs="separate", features="concat", note="pairs: u and v concatenated; BCE for paraphrase, MSE for STS")
 _cos = replace(_sep, features="cosine")
 _s = Recipe("S3", mixing="summed", pairs="separate", batch_sizes=(("sst", 2), ("para", 20), ("sts", 2)), head_dropout=.3,
@@ -85,7 +86,9 @@ recipes = {r.row: r for r in (
     Recipe("E9", note="one sequence [CLS] a [SEP] b [SEP], token types 0 and 1"),
     Recipe("S1", trains=("sst",), scores=("sst",), mixing="single", head_dropout=.3, note="SST alone, all examples of the budget are SST's"),
     replace(_s, row="S2", freeze=True, note="the encoder is frozen, only heads are trained"), _s,
-    replace(_s, row="S6", augment=True, batch_sizes=_aug, note="every STS pair in both orders, STS batch doubled"))}
+    replace(_s, row="S5", combine="pcgrad", note="S3 with gradient surgery on the encoder's gradients"),
+    replace(_s, row="S6", augment=True, batch_sizes=_aug, note="every STS pair in both orders, STS batch doubled"),
+    replace(_s, row="S9", combine="pcgrad", augment=True, batch_sizes=_aug, note="S5 and S6 together"))}
 
 # %% ../nbs/11_recipes.ipynb #07d280a5
 def get_recipe(
