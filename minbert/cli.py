@@ -58,9 +58,11 @@ def run(
     resume:bool=False, # go on with the run in that directory
 ):
     "Train and score one row of the reports."
-    from minbert.data import load_tasks
+    from minbert.data import UserError, load_tasks
     from minbert.recipes import get_recipe, run_row
     get_recipe(row)
+    for name, value, most in (("seed", seed, 2**31), ("epochs", epochs, 10_000), ("limit", limit, 2**63)):
+        if not 0 <= value < most: raise UserError(f"{name} is {value}: give a number from 0 up")
     out = Path(out or f"runs/{row}-{preset}-s{seed}")
     result = run_row(row, out, load_tasks(data).limit(limit), preset, seed, init or None, epochs or None, resume)
     cut = sum(result["truncated"].values())
@@ -84,7 +86,8 @@ def evaluate(
     lacking = [t for t in model.configs if split not in corpus[t] or corpus[t][split].labels is None]
     if lacking: raise UserError(f"no labelled {split} rows for {lacking[0]}: the splits to score are dev and train")
     config = Path(run)/"config.json"
-    trained_on = json.loads(config.read_text()).get("data_fingerprint", "") if config.exists() else ""
+    try: trained_on = json.loads(config.read_text()).get("data_fingerprint", "") if config.exists() else ""
+    except ValueError: raise UserError(f"{config} is not readable JSON") from None
     if trained_on and trained_on.split("-limit")[0] != corpus.fingerprint: _say(f"note: trained on {trained_on}, scored on {corpus.fingerprint}")
     tok = load_tokenizer(model.bert.vocab, model.bert.lowercase)
     rows = {t: encode(tok, corpus[t][split]) for t in model.configs}

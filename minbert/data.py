@@ -127,6 +127,11 @@ def _decode(path, data):
         row = data[:e.start].count(b"\n")
         raise UserError(f"{path}: row {row} is not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8") from None
 
+def _cells(path, reader):
+    "The reader's rows, its own complaints put plainly."
+    try: yield from reader
+    except csv.Error as e: raise UserError(f"{path}, line {reader.line_num}: {e}; is a quote never closed?") from None
+
 def _header(path, reader, need):
     "The header's cells, once they are known to hold the columns needed."
     header = next(reader, None)
@@ -171,7 +176,7 @@ def read_rows(
     header = _header(path, reader, ("id", *task.texts))
     labelled = task.label in header
     ids, texts, labels, seen, skipped = [], [], [], {}, 0
-    for n, cells in enumerate(reader, 1):
+    for n, cells in enumerate(_cells(path, reader), 1):
         where = f"{path}, row {n}"
         row, words = _row(where, task, header, cells, seen)
         seen[row["id"]] = n
@@ -243,8 +248,9 @@ def _download(url, path, kind, expected, progress):
     "Fetch one file under a temporary name, check it, rename it."
     import pooch
     part = path.with_name(f".{path.name}.part")
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"cannot make {path.parent}: {e.strerror}") from None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         pooch.HTTPDownloader(progressbar=progress, timeout=15)(url, str(part), None)
         if digest(part.read_bytes(), kind) != expected:
             raise UserError(f"{url}: the download is damaged or not the pinned file ({kind} differs); try again, or put the file into {path.parent} by hand")
@@ -341,7 +347,9 @@ def _read(directory, names):
     found, rows = find_files(directory, names), {}
     for name, split in product(names, ("train", "dev")):
         if (name, split) not in found: raise UserError(f"{directory}: no {_name(tasks[name], split)} below it; 'minbert data' says what is needed")
-    for (name, split), path in found.items(): rows.setdefault(name, {})[split] = read_rows(path, tasks[name], split)
+    for (name, split), path in found.items():
+        got = rows.setdefault(name, {})[split] = read_rows(path, tasks[name], split)
+        if split != "test" and got.labels is None: raise UserError(f"{path}: no column {tasks[name].label!r}, and {split} rows need labels")
     return Corpus(rows, "handout")
 
 # %% ../nbs/00_data.ipynb #9c8178ad
@@ -458,6 +466,7 @@ def load_tokenizer(
     lowercase:bool=True, # the model is an uncased one
 ) -> Tokenizer: # adds no special tokens: `collate` places them
     "BERT's WordPiece tokenizer over a vocabulary."
+    if vocab is None: raise UserError("these weights come without a vocabulary (vocab.txt or tokenizer.json), so no text can be read")
     tokens = Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n") if isinstance(vocab, (str, Path)) else list(vocab)
     missing = [s for s in specials if s not in tokens]
     if missing: raise UserError(f"the vocabulary has no {missing[0]}: it is not BERT's")

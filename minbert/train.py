@@ -209,7 +209,7 @@ class RunDir:
             except (OSError, ValueError): raise UserError(f"{self.path}: no readable config.json, so there is no run to resume") from None
             differ = [k for k in config if k not in ("versions", "commit") and old.get(k) != json.loads(json.dumps(config[k]))]
             if differ: raise UserError(f"{self.path}: cannot resume, {differ[0]} was {old.get(differ[0])} and is now {config[differ[0]]}")
-            return
+            return self.sweep()
         try: self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise UserError(f"cannot make {self.path}: {e.strerror}") from None
         self.write("config.json", config)
@@ -229,9 +229,15 @@ class RunDir:
 
     def rewind(self, step:int):
         "Forget the metrics after a step: they will be measured again."
-        m = self.metrics()
-        if len(m): write_atomic(self.path/"metrics.jsonl", "".join(json.dumps({k: v for k, v in r.items() if not (isinstance(v, float) and math.isnan(v))}) + "\n"
-                                                                  for r in m[m.step <= step].to_dict("records")))
+        if not (self.path/"metrics.jsonl").exists(): return
+        known = lambda r: {k: v for k, v in r.items() if not (isinstance(v, float) and math.isnan(v))}
+        lines = [json.dumps(known(r)) + "\n" for r in self.metrics().to_dict("records") if r["step"] <= step]
+        write_atomic(self.path/"metrics.jsonl", "".join(lines))
+
+    def sweep(self):
+        "Remove what a kill left half-written."
+        for p in [p for kind in ("model-*", "*.json.*", "*.jsonl.*", "*.csv.*") for p in self.path.glob("." + kind)]:
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 # %% ../nbs/06_train.ipynb #f3326f39
 def train(
