@@ -1,5 +1,7 @@
 """What the tests share: the program, a small data directory, a small trained run, copies of the checkout, a local web server."""
 import contextlib, csv, os, re, shutil, subprocess, sys, threading
+
+os.environ["OMP_NUM_THREADS"] = "1"      # before torch is imported: runs are equal to the bit only with equal numbers of threads
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
