@@ -23,6 +23,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "minilm": cfg["minilm_requirements"].split(),
+        "cluster": ["dask[distributed]"],
         "dev": cfg["dev_requirements"].split() + cfg["minilm_requirements"].split(),
     },
     entry_points={

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['pools', 'features', 'losses', 'metrics', 'cls_pool', 'pooler_pool', 'mean_pool', 'special_ids', 'HeadConfig',
            'Output', 'scaled', 'cross_entropy', 'bce', 'mse', 'cosine_mse', 'cosine_embedding', 'mnrl', 'Head',
-           'decide', 'MultitaskBert', 'make_batch', 'accuracy', 'pearson', 'overall', 'has_bf16', 'autocast',
-           'by_tokens', 'predict_logits', 'predict_rows', 'write_model', 'as_rows', 'our_three_texts', 'encoder_cosine',
-           'encoder_floor']
+           'decide', 'rng_state', 'MultitaskBert', 'make_batch', 'accuracy', 'pearson', 'overall', 'has_bf16',
+           'autocast', 'by_tokens', 'predict_logits', 'predict_rows', 'write_model', 'as_rows', 'our_three_texts',
+           'encoder_cosine', 'encoder_floor']
 
 # %% ../nbs/04_heads.ipynb #e95bbba2
 import json, tempfile
@@ -79,12 +79,13 @@ class HeadConfig:
 
 features = {"concat": lambda u, v: torch.cat([u, v], -1), "concat_diff": lambda u, v: torch.cat([u, v, (u - v).abs()], -1)}
 
-# %% ../nbs/04_heads.ipynb #ecb013de
+# %% ../nbs/04_heads.ipynb #6b09f5fa
 class Output(NamedTuple):
     "What a head says about a batch."
     logits: Tensor # (b, C) for classes, else (b,): logit, score, or cosine
     u: Tensor # (b, d) pooled vectors of the first (or only) sequences
     v: Tensor|None = None # (b, d) of the second sequences, with separate pairs
+    rng: Tensor|None = None # state of the random numbers before the pass: from it a second pass draws the same dropout
 
 def scaled(labels, task):
     "Labels as a share of the task's range (b,), in [0, 1]."
@@ -144,7 +145,7 @@ class Head(nn.Module):
         with torch.autocast(u.device.type, enabled=False): z = self.linear(self.dropout(x))
         return Output(z if self.c.task.kind == "class" else z.squeeze(-1), u, v)
 
-# %% ../nbs/04_heads.ipynb #03790af7
+# %% ../nbs/04_heads.ipynb #ba6e8ccf
 def decide(
     logits:Tensor, # from `Output`
     c:HeadConfig, # of the task
@@ -152,10 +153,17 @@ def decide(
     "The answer in the units of the labels."
     t = c.task
     if t.kind == "class": return logits.argmax(-1)
-    if t.kind == "binary": return (logits >= (c.threshold if c.cosine else 0)).long()
+    if t.kind == "binary": return (logits >= (c.threshold if c.cosine else .5 if c.loss == "mse" else 0)).long()
     return (t.low + (t.high - t.low) * logits if c.cosine else logits).clamp(t.low, t.high)
 
-# %% ../nbs/04_heads.ipynb #4d3a244a
+# %% ../nbs/04_heads.ipynb #6ac88dc1
+def rng_state(
+    device:torch.device, # where the model lives
+) -> Tensor: # to be put back with the matching `set_rng_state`
+    "State of the random numbers that dropout draws there."
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+# %% ../nbs/04_heads.ipynb #643bc168
 class MultitaskBert(nn.Module):
     "One BERT, one head a task."
     def __init__(self,
@@ -171,10 +179,10 @@ class MultitaskBert(nn.Module):
     def forward(self, task:str, batch:Batch, inputs_embeds:Tensor|None=None) -> Output:
         "Encode a batch of one task and apply that task's head; `inputs_embeds` (r, n, d) replaces the word embeddings."
         c = self.configs[task]
-        ids = batch.input_ids if inputs_embeds is None else None
+        ids, rng = batch.input_ids if inputs_embeds is None else None, rng_state(batch.attention_mask.device)
         out = self.bert(ids, batch.attention_mask, batch.token_type_ids, inputs_embeds=inputs_embeds)
         pooled = pools[c.pool](out, batch.attention_mask)             # (r, d)
-        return self.heads[task](*(pooled.chunk(2) if c.two else (pooled,)))
+        return self.heads[task](*(pooled.chunk(2) if c.two else (pooled,)))._replace(rng=rng)
 
     def loss(self, task:str, batch:Batch, out:Output) -> Tensor:
         "Mean loss over the batch's rows."

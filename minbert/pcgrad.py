@@ -9,7 +9,7 @@ __all__ = ['surgeons', 'pair_colors', 'project', 'random_order', 'pieces', 'inne
            'curvature_slopes', 'curvature_hessian', 'layer_groups', 'without_dropout', 'measure', 'Atlas', 'read_lines',
            'read_atlas', 'in_plane', 'plot_arrows', 'plot_over_steps', 'plot_layers', 'plot_triad', 'agreement']
 
-# %% ../nbs/07_pcgrad.ipynb #212d8fcf
+# %% ../nbs/07_pcgrad.ipynb #999576ef
 import gzip, json, re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .data import UserError, task_colors
+from .data import UserError, task_colors, write_atomic
 
 # %% ../nbs/07_pcgrad.ipynb #57facab0
 def project(
@@ -319,7 +319,7 @@ def measure(
     return {"tasks": [t for t, _ in batches], "loss": [round(v, 6) for v in values], "gram": {k: lower(G) for k, G in at.items()},
             "curvature": {k: float(f"{h:.5g}") for k, h in curved.items()}}
 
-# %% ../nbs/07_pcgrad.ipynb #a973b603
+# %% ../nbs/07_pcgrad.ipynb #ec7c6711
 class Atlas:
     "A `combine` that also writes down, every so many steps, how the tasks' gradients lie to each other."
     def __init__(self,
@@ -348,8 +348,16 @@ class Atlas:
     def write(self, what:dict):
         "Add one line."
         try:
-            with open(self.path, "a") as f: f.write(json.dumps(what, separators=(",", ":")) + "\n")
+            with open(self.path, "a" if self.step else "w") as f: f.write(json.dumps(what, separators=(",", ":")) + "\n")
         except OSError as e: raise UserError(f"cannot write {self.path}: {e.strerror}") from e
+
+    def state_dict(self) -> dict: return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state:dict):
+        "Go on after a saved state: looks after it will be taken again."
+        self.step = int(state["step"])
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        write_atomic(self.path, b"".join(x + b"\n" for x in lines if json.loads(x)["step"] < self.step))
 
 # %% ../nbs/07_pcgrad.ipynb #d77d67cb
 def read_lines(

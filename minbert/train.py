@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['schedules', 'sum_losses', 'no_penalty', 'check_finite', 'fit', 'make_feeds', 'load', 'evaluate', 'write_predictions',
            'TrainConfig', 'make_schedule', 'save_state', 'load_state', 'versions', 'commit', 'peak_rss_mb', 'RunDir',
-           'train', 'encode_some', 'build', 'plot_losses', 'plot_scores']
+           'train', 'quiet', 'encode_some', 'build', 'plot_losses', 'plot_scores']
 
-# %% ../nbs/06_train.ipynb #96d7cbfe
+# %% ../nbs/06_train.ipynb #0440b43a
 import json, math, os, platform, resource, shutil, subprocess, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -138,17 +139,18 @@ def make_schedule(c:TrainConfig) -> Callable[[int], float]:
     "step → multiplier, over the whole run."
     return schedules[c.schedule](max(1, c.steps), int(c.warmup * c.steps))
 
-# %% ../nbs/06_train.ipynb #311817ea
+# %% ../nbs/06_train.ipynb #18aeab70
 def save_state(
     path:Path, # DIR/state/last.safetensors
     model:nn.Module, # its weights are saved
     optimizer:torch.optim.Optimizer, # its moments are saved
     step:int, # steps done
     extra:dict, # numbers and strings to remember
+    memory:dict|None=None, # name → what else remembers something: has `state_dict` (of tensors) and `load_state_dict`
 ):
     "Write all that resuming needs as one file, whole or not at all."
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"optimizer.{k}": v for k, v in state_tensors(optimizer).items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    parts = {"model": model.state_dict(), "optimizer": state_tensors(optimizer), **{n: m.state_dict() for n, m in (memory or {}).items()}}
+    tensors = {f"{part}.{k}": v.detach().cpu().contiguous() for part, state in parts.items() for k, v in state.items()}
     tmp = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,13 +159,15 @@ def save_state(
     except (OSError, SafetensorError) as e: raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from e
     finally: tmp.unlink(missing_ok=True)
 
-def load_state(path:Path, model:nn.Module, optimizer:torch.optim.Optimizer) -> tuple[int, dict]:
+def load_state(path:Path, model:nn.Module, optimizer:torch.optim.Optimizer, memory:dict|None=None) -> tuple[int, dict]:
     "Put a saved state back; returns the steps done and what was remembered."
     try:
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        load_state_tensors(optimizer, {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        of = lambda part: {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        model.load_state_dict(of("model"))
+        load_state_tensors(optimizer, of("optimizer"))
+        for name, m in (memory or {}).items(): m.load_state_dict(of(name))
         return int(meta["step"]), json.loads(meta["extra"])
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as e:
         raise UserError(f"{path}: this state is damaged or belongs to another model ({str(e).splitlines()[0][:100]}); delete it to start the run anew") from e
@@ -187,7 +191,7 @@ def peak_rss_mb() -> int:
     "Largest resident memory of this process so far, MB."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 1024**2))
 
-# %% ../nbs/06_train.ipynb #3fdc4e66
+# %% ../nbs/06_train.ipynb #18c7e48e
 class RunDir:
     "A run's files."
     def __init__(self, path:str|Path): self.path = Path(path)
@@ -209,10 +213,16 @@ class RunDir:
             except (OSError, ValueError): raise UserError(f"{self.path}: no readable config.json, so there is no run to resume") from None
             differ = [k for k in config if k not in ("versions", "commit") and old.get(k) != json.loads(json.dumps(config[k]))]
             if differ: raise UserError(f"{self.path}: cannot resume, {differ[0]} was {old.get(differ[0])} and is now {config[differ[0]]}")
-            return self.sweep()
+            return
         try: self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise UserError(f"cannot make {self.path}: {e.strerror}") from None
         self.write("config.json", config)
+
+    def lock(self):
+        "Inside `with`, no other process can work on this run."
+        self.state.parent.mkdir(exist_ok=True)
+        try: return FileLock(self.state.parent/"lock").acquire(timeout=0)      # held by the operating system: a killed process holds none
+        except Timeout: raise UserError(f"{self.path}: another process is working on this run") from None
 
     def write(self, name:str, content:dict): write_atomic(self.path/name, json.dumps(content, indent=1) + "\n")
 
@@ -239,7 +249,7 @@ class RunDir:
         for p in [p for kind in ("model-*", "*.json.*", "*.jsonl.*", "*.csv.*") for p in self.path.glob("." + kind)]:
             shutil.rmtree(p) if p.is_dir() else p.unlink()
 
-# %% ../nbs/06_train.ipynb #f3326f39
+# %% ../nbs/06_train.ipynb #d7887d16
 def train(
     out:str|Path, # the run directory
     model:MultitaskBert, # freshly initialised
@@ -249,6 +259,7 @@ def train(
     combine:Callable=sum_losses, # fills the gradients
     penalty:Callable=no_penalty, # added to each task's loss
     after_step:Callable=lambda step: None, # called after every step
+    memory:dict|None=None, # name → part of a method that remembers something; saved and put back with each state
     info:dict|None=None, # further facts for config.json and result.json
     resume:bool=False, # go on with a run that was stopped
     save_seconds:float=60, # time between two saved states
@@ -258,24 +269,37 @@ def train(
     run, info = RunDir(out), info or {}
     run.start({**info, "train": asdict(config), "versions": versions(), "commit": commit()}, resume)
     if run.finished: return json.loads((run.path/"result.json").read_text())
+    with run.lock():
+        run.sweep()
+        seconds = _go_on(run, model, data, config, mixing, combine, penalty, after_step, memory, save_seconds, progress)
+        return _finish(run, data, config, info, seconds, progress)
+
+# %% ../nbs/06_train.ipynb #ce863214
+def _go_on(run, model, data, config, mixing, combine, penalty, after_step, memory, save_seconds, progress):
+    "Train from the last saved state to the end; returns the seconds that all parts took together."
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    done, memo = load_state(run.state, model, optimizer) if run.state.exists() else (0, {"best": -1.0, "seconds": 0.0})
+    done, memo = load_state(run.state, model, optimizer, memory) if run.state.exists() else (0, {"best": -1.0, "seconds": 0.0})
     run.rewind(done)
     steps = islice(mixing(make_feeds(model, data["train"], config.batch_sizes, config.seed)), done, None)
     started = time.monotonic() - memo["seconds"]
     loop = fit(model.train(), load(model, data["train"], steps), optimizer, config.steps, done, config.seed, combine, penalty,
                make_schedule(config), config.clip, after_step)
-    _watch(run, loop, model, optimizer, data["dev"], config, done, memo, started, save_seconds, progress)
-    return _finish(run, data, config, info, time.monotonic() - started, progress)
+    save = lambda step: save_state(run.state, model, optimizer, step, memo, memory)
+    _watch(run, loop, model, optimizer, data["dev"], config, done, memo, started, save, save_seconds, progress)
+    return time.monotonic() - started
 
-# %% ../nbs/06_train.ipynb #eefff879
-def _watch(run, loop, model, optimizer, dev, config, done, memo, started, save_seconds, progress):
+# %% ../nbs/06_train.ipynb #ba625b36
+def quiet(progress:bool) -> dict:
+    "Arguments of a progress bar: what the environment says (TQDM_DISABLE), unless it is not wanted."
+    return {} if progress else {"disable": True}
+
+def _watch(run, loop, model, optimizer, dev, config, done, memo, started, save, save_seconds, progress):
     "Follow the loop: bar, metrics, evaluations, states."
     at = {round(config.steps * (k + 1) / config.evals) for k in range(config.evals)}
     some = {t: encode_some(e, config.eval_rows) for t, e in dev.items()}
     recent, saved = {}, time.monotonic()
     if not config.steps: model.save_pretrained(run.path/"model")      # an untrained row: nothing to watch
-    with tqdm(total=config.steps, initial=done, desc="training", unit="step", disable=not progress, mininterval=.5) as bar:
+    with tqdm(total=config.steps, initial=done, desc="training", unit="step", mininterval=.5, **quiet(progress)) as bar:
         for step, values in loop:
             for t, v in values.items(): recent[t] = v if t not in recent else .95 * recent[t] + .05 * v
             run.log(step=step, lr=optimizer.param_groups[0]["lr"], **{f"loss_{t}": round(v, 6) for t, v in values.items()})
@@ -287,7 +311,7 @@ def _watch(run, loop, model, optimizer, dev, config, done, memo, started, save_s
                 if score > memo["best"]: memo["best"] = score; model.save_pretrained(run.path/"model")
             if step in at or time.monotonic() - saved > save_seconds:
                 memo["seconds"] = time.monotonic() - started
-                save_state(run.state, model, optimizer, step, memo); saved = time.monotonic()
+                save(step); saved = time.monotonic()
 
 def encode_some(e:Encoded, n:int) -> Encoded:
     "The first `n` rows of a tokenised split."
@@ -297,7 +321,7 @@ def encode_some(e:Encoded, n:int) -> Encoded:
 def _finish(run, data, config, info, seconds, progress):
     "Score the best model on all of dev and write the result, last of all."
     best = MultitaskBert.from_pretrained(run.path)
-    show = lambda batches: tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not progress)
+    show = lambda batches: tqdm(batches, desc="evaluating", unit="batch", leave=False, **quiet(progress))
     scores, answers = evaluate(best, data["dev"], show)
     for t, e in data["dev"].items(): write_predictions(run.path/f"dev-{t}.csv", e.rows, answers[t])
     seen = {t: int(b) for t, b in config.batch_sizes.items()}

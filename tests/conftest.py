@@ -30,7 +30,7 @@ def run(*args, timeout=120, cwd=None, preexec=None, **env):
 def plain(err):
     "The lines of a standard error output, without progress bars and the demo's first line."
     lines = [x for x in re.split(r"[\r\n]+", err) if x.strip()]
-    return [x for x in lines if not re.match(r"\s*(training|evaluating|predicting): +\d|\s*\d+%\|| *[\d.]+k?B? \[|data: ", x)]
+    return [x for x in lines if not re.match(r"\s*(training|evaluating|predicting|sweep): +\d|\s*\d+%\|| *[\d.]+k?B? \[|data: ", x)]
 
 
 def is_one_line(err, words):
