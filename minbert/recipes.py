@@ -335,7 +335,7 @@ def open_runs(
     if other: raise UserError(f"{results} holds runs on other data ({other[0]}); runs on different data are not put together: give another --results")
     return [(row, seed) for seed in seeds for row in rows if (row, seed) not in there]
 
-# %% ../nbs/11_recipes.ipynb #c93a9f38
+# %% ../nbs/11_recipes.ipynb #501f6802
 def sweep(
     rows:list[str], # E1…E18, S1…S10
     seeds:list[int]=(0,), # of the runs
@@ -350,7 +350,8 @@ def sweep(
     from joblib import Parallel, delayed, parallel_config
     for row in rows: get_recipe(row)
     todo = open_runs(list(rows), list(seeds), preset, load_tasks(data).fingerprint, results)
-    threads, out, results = max(1, (os.cpu_count() or 1) // workers), str(Path(out).resolve()), str(Path(results).resolve())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads, out, results = max(1, cores // workers), str(Path(out).resolve()), str(Path(results).resolve())
     with parallel_config("dask" if connected(cluster) else "threading", n_jobs=workers):
         for derived in (False, True):                                                 # E18 chooses among rows that must be there first
             calls = [delayed(one_run)(row, seed, preset, data, out, results, threads) for row, seed in todo if bool(recipes[row].best_of) == derived]
