@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['hide_all', 'presets', 'bare', 'pretraining_texts', 'cut_pieces', 'tokenise', 'Masking', 'token_facts', 'choose',
            'disguise', 'TextBatch', 'mask_texts', 'MlmHead', 'MlmModel', 'counts', 'start_at_frequencies',
-           'held_batches', 'guess', 'mlm_scores', 'text_stream', 'PretrainConfig', 'pretrain_schedule', 'encoder_flops',
-           'head_flops', 'set_dropout', 'pretrain_steps', 'read_texts']
+           'held_batches', 'guess', 'mlm_scores', 'fill_blank', 'text_stream', 'PretrainConfig', 'pretrain_schedule',
+           'encoder_flops', 'head_flops', 'set_dropout', 'pretrain_steps', 'read_texts', 'paired', 'verdict']
 
-# %% ../nbs/09_mlm.ipynb #1d9a04ea
+# %% ../nbs/09_mlm.ipynb #9f84dacd
 import json, math, re, shutil, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -168,15 +169,22 @@ class MlmHead(nn.Module):
         "LN(gelu(h W)) Eᵀ + b."
         return F.linear(self.LayerNorm(F.gelu(self.dense(h))), table, self.bias)
 
-# %% ../nbs/09_mlm.ipynb #835c076f
+# %% ../nbs/09_mlm.ipynb #0f992769
 class MlmModel(nn.Module):
     "A BERT that guesses hidden words, as `fit` trains it."
+    masking = Masking() # 80/10/10
+
     def __init__(self,
         bert:BertModel, # the encoder
         head:MlmHead|None=None, # default: a fresh one as wide as the encoder's word table
     ):
         super().__init__()
         self.bert, self.head = bert, head or MlmHead(bert.config)
+
+    @property
+    def vocab(self):
+        "The encoder's tokens."
+        return self.bert.vocab
 
     @property
     def table(self) -> Tensor:
@@ -250,6 +258,38 @@ def mlm_scores(found:dict) -> dict[str, float]:
     by_set = {f"{what}_{t}": float(v[i].mean()) for t, v in found.items() for i, what in enumerate(("held_loss", "held_accuracy"))}
     return {"held_loss": float(loss.mean()), "held_accuracy": float(hit.mean()), **by_set}
 
+# %% ../nbs/09_mlm.ipynb #8ac0436e
+@torch.no_grad()
+def fill_blank(
+    model:MlmModel, # put into eval mode and back
+    text:str, # with [MASK] where a token is missing
+    k:int=5, # guesses for each blank
+) -> list[list[tuple[str, float]]]: # for each blank (token, probability), best first
+    "The model's best guesses for each blank."
+    was, bert, facts = model.training, model.bert, token_facts(model.bert.vocab)
+    tok = load_tokenizer(bert.vocab, bert.lowercase)
+    parts = [tok.encode(part, add_special_tokens=False).ids for part in text.split("[MASK]")]
+    if len(parts) < 2: raise UserError("no [MASK] in this text: put it where a token shall be guessed")
+    ids = [facts.cls, *parts[0]]
+    for part in parts[1:]: ids += [facts.mask, *part]
+    ids, device = torch.tensor([[*ids, facts.sep]]), next(model.parameters()).device
+    at = (ids[0] == facts.mask).nonzero().flatten()
+    p = model.eval()("mlm", TextBatch(ids, torch.ones_like(ids), at, ids).to(device)).float().softmax(-1).cpu()
+    model.train(was)
+    return [[(bert.vocab[i], float(x)) for x, i in zip(*(y.tolist() for y in row.topk(k)))] for row in p]
+
+@torch.no_grad()
+def _show(self, held:list[TextBatch], row:int=0) -> str:
+    "One held-out text with the guesses, as [guess|original]."
+    was, b = self.training, held[-1].to(next(self.parameters()).device)
+    best = self.eval()("mlm", b).argmax(-1).tolist()
+    self.train(was)
+    guessed, n = dict(zip(b.positions.tolist(), best)), b.ids.shape[1]
+    word = lambda i, w: f"[{self.vocab[guessed[row * n + i]]}|{self.vocab[w]}]" if row * n + i in guessed else self.vocab[w]
+    return " ".join(word(i, w) for i, w in enumerate(b.ids[row].tolist()) if b.attention_mask[row, i])
+
+MlmModel.show = _show
+
 # %% ../nbs/09_mlm.ipynb #58b1d2de
 def text_stream(
     texts:dict[str, list[np.ndarray]], # data set → token ids
@@ -264,7 +304,7 @@ def text_stream(
     turns = islice(enumerate(step for [step] in round_robin(feeds)), start, None)
     return (mask_texts([texts[t][i] for i in index], facts, masking, np.random.default_rng([seed, number]), t) for number, (t, index) in turns)
 
-# %% ../nbs/09_mlm.ipynb #6575a84f
+# %% ../nbs/09_mlm.ipynb #6baeba85
 @dataclass(frozen=True)
 class PretrainConfig:
     "How long, how fast, on what."
@@ -291,7 +331,7 @@ class PretrainConfig:
         return replace(base, rate=self.rate, whole_words=self.whole_words)
 
 presets = {"pocket": PretrainConfig(60, 16, 1e-3, max_length=32, evals=3, held_texts=40),
-           "cpu": PretrainConfig(2400, 48, 1e-4, gen_width=1.0, gen_depth=0.5),
+           "cpu": PretrainConfig(1600, 48, 1e-4, gen_width=1.0, gen_depth=0.5),
            "report": PretrainConfig(60000, 128, 1e-4, max_length=128, dropout=.1, evals=20, held_texts=500, gen_width=1.0, gen_depth=0.5)}
 
 def pretrain_schedule(c:PretrainConfig, total:int) -> Callable[[int], float]:
@@ -322,7 +362,7 @@ def set_dropout(model:nn.Module, p:float):
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.p = p
 
-# %% ../nbs/09_mlm.ipynb #e44370e8
+# %% ../nbs/09_mlm.ipynb #92419fb6
 def _plan(self, batch:TextBatch) -> list[list]:
     "One optimiser step a batch."
     return [[("mlm", batch)]]
@@ -339,8 +379,7 @@ def _export(self) -> BertModel:
     "The encoder."
     return self.bert
 
-MlmModel.plan, MlmModel.measure, MlmModel.flops, MlmModel.export, MlmModel.masking = _plan, _measure, _flops, _export, Masking()
-MlmModel.vocab = property(lambda self: self.bert.vocab)
+MlmModel.plan, MlmModel.measure, MlmModel.flops, MlmModel.export = _plan, _measure, _flops, _export
 
 # %% ../nbs/09_mlm.ipynb #0ce5ddd8
 def pretrain_steps(
@@ -387,16 +426,18 @@ def read_texts(
     _watch_reading(run, loop, model, optimizer, held, config, per, done, memo, save_seconds, progress)
     return _finish_reading(run, model, held, config, info, memo)
 
-# %% ../nbs/09_mlm.ipynb #274405a1
+# %% ../nbs/09_mlm.ipynb #05d0e9ba
 def _watch_reading(run, loop, model, optimizer, held, config, per, done, memo, save_seconds, progress):
     "Follow the loop: bar, metrics, looks at held-out text, states, exports."
     total, started, saved, recent = config.steps * per, time.monotonic() - memo["seconds"], time.monotonic(), {}
     looks = {per * round(config.steps * (k + 1) / config.evals) for k in range(config.evals)}
     keep = {per * round(config.steps * share): f"model-{share:g}" for share in config.keep}
     def look(step):
+        "Measure, log, and say how long that took."
         at = time.monotonic()
-        run.log(step=step, seconds=round(at - started, 1), tokens=memo["tokens"], flops=memo["flops"], **{k: round(v, 6) for k, v in model.measure(held).items()})
-        return time.monotonic() - at                                           # the look itself is not training time
+        run.log(step=step, seconds=round(at - started, 1), tokens=memo["tokens"], flops=memo["flops"], sample=model.show(held),
+                **{k: round(v, 6) for k, v in model.measure(held).items()})
+        return time.monotonic() - at                                           # looking is not training
     if not done: started += look(0)
     with tqdm(total=total, initial=done, desc="reading", unit="step", disable=not progress, mininterval=.5) as bar:
         for step, values in loop:
@@ -419,3 +460,28 @@ def _finish_reading(run, model, held, config, info, memo):
     run.write("result.json", result)
     shutil.rmtree(run.path/"state", ignore_errors=True)
     return result
+
+# %% ../nbs/09_mlm.ipynb #94eced41
+def paired(
+    lines:list[dict], # finished pieces, each with variant, seed, share and dev
+    a:str, b:str, # two variants
+    share:float=1., # of the pretraining budget; a variant without pretraining has share 0
+) -> dict[str, tuple[float, float, float, int]]: # score → (mean of a − b, half width of its 95% interval, p, seeds)
+    "Differences of two variants over the seeds that both have finished."
+    dev = lambda v: {x["seed"]: x["dev"] for x in lines if x["variant"] == v and "dev" in x and x["share"] in (share, 0.)}
+    one, two = dev(a), dev(b)
+    seeds = sorted(set(one) & set(two))
+    def summary(key):
+        "Mean, half width, p and seeds of one score."
+        d = np.array([one[s][key] - two[s][key] for s in seeds])
+        if len(d) < 2: return (float(d.mean()) if len(d) else math.nan, math.nan, math.nan, len(d))
+        se = d.std(ddof=1) / math.sqrt(len(d))
+        half = float(stats.t.ppf(.975, len(d) - 1) * se)
+        return float(d.mean()), half, float(2 * stats.t.sf(abs(d.mean()) / se, len(d) - 1)) if se else math.nan, len(d)
+    return {key: summary(key) for key in ("sst", "para", "sts", "overall")}
+
+def verdict(mean:float, half:float, n:int) -> str:
+    "What a paired difference allows us to say."
+    if n < 2 or math.isnan(half): return "cannot tell (fewer than two seeds)"
+    if abs(mean) <= half: return "cannot tell: the interval holds zero"
+    return "better" if mean > 0 else "worse"

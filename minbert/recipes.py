@@ -224,7 +224,7 @@ def watched(plugs:dict, out:Path, every:int) -> dict:
     atlas = Atlas(out/"atlas.jsonl", plugs["combine"], every, plugs.get("penalty", no_penalty))
     return {**plugs, "combine": atlas, "penalty": atlas.penalty, "memory": {**plugs.get("memory", {}), "atlas": atlas}}
 
-# %% ../nbs/11_recipes.ipynb #32dd0088
+# %% ../nbs/11_recipes.ipynb #6f882b65
 def pretrained(
     r:Recipe, # with `pretrain`
     folder:Path, # where run directories stand
@@ -236,7 +236,7 @@ def pretrained(
     "The encoder that a row starts from: found beside its run directory, or made there."
     kind, share = r.pretrain
     place, p = folder/f"pretrain-{kind}-{share:g}-{preset}-s{seed}", reading[preset]
-    print(f"{r.row} starts from {place/'model'}: {'found' if (place/'result.json').exists() else 'not there yet, pretraining first'}", file=sys.stderr)
+    print(f"{r.row} starts from {place.name}/model, beside its own directory: {'found' if (place/'result.json').exists() else 'not there yet, pretraining first'}", file=sys.stderr)
     start = presets[preset].init
     pretrain(place, BertModel.from_pretrained(start), corpus, kind, config=replace(p, steps=max(1, round(share * p.steps))), seed=seed, init=start, resume=True, progress=progress)
     return place/"model"

@@ -7,11 +7,11 @@ __all__ = ['distances', 'settings', 'sym_kl', 'bernoulli_sym_kl', 'squared_error
            'sup_norm', 'to_ball', 'to_unit', 'smart_perturb', 'same_dropout', 'start_noise', 'smoothness', 'follow',
            'apart', 'Smart']
 
-# %% ../nbs/08_smart.ipynb #9d69e1f7
+# %% ../nbs/08_smart.ipynb #445a367b
 import copy, math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from zlib import crc32
 
 import torch

@@ -288,7 +288,7 @@ def _go_on(run, model, data, config, mixing, combine, penalty, after_step, memor
     _watch(run, loop, model, optimizer, data["dev"], config, done, memo, started, save, save_seconds, progress)
     return time.monotonic() - started
 
-# %% ../nbs/06_train.ipynb #ba625b36
+# %% ../nbs/06_train.ipynb #8a6c936c
 def quiet(progress:bool) -> dict:
     "Arguments of a progress bar: what the environment says (TQDM_DISABLE), unless it is not wanted."
     return {} if progress else {"disable": True}
@@ -325,7 +325,9 @@ def _finish(run, data, config, info, seconds, progress):
     scores, answers = evaluate(best, data["dev"], show)
     for t, e in data["dev"].items(): write_predictions(run.path/f"dev-{t}.csv", e.rows, answers[t])
     seen = {t: int(b) for t, b in config.batch_sizes.items()}
-    result = {**info, "seed": config.seed, "dev": {k: round(v, 6) for k, v in scores.items()}, "steps": config.steps, "batch_sizes": seen,
+    log = run.metrics().rename(columns=lambda c: c.removeprefix("dev_"))
+    looks = log[log.seconds.notna()].drop(columns=["lr"]).dropna(axis=1).to_dict("records") if "seconds" in log else []
+    result = {**info, "seed": config.seed, "dev": {k: round(v, 6) for k, v in scores.items()}, "steps": config.steps, "batch_sizes": seen, "curve": looks,
               "wall_s": round(seconds, 1), "peak_rss_mb": peak_rss_mb(), "versions": versions(), "commit": commit()}
     run.write("result.json", result)
     shutil.rmtree(run.path/"state", ignore_errors=True)      # a finished run needs no state
