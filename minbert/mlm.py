@@ -381,7 +381,7 @@ def _export(self) -> BertModel:
 
 MlmModel.plan, MlmModel.measure, MlmModel.flops, MlmModel.export = _plan, _measure, _flops, _export
 
-# %% ../nbs/09_mlm.ipynb #0ce5ddd8
+# %% ../nbs/09_mlm.ipynb #9cbbed84
 def pretrain_steps(
     model, # with `plan` and `flops`
     stream:Callable[[int], Iterator[TextBatch]], # number of the first batch → batches
@@ -413,6 +413,12 @@ def read_texts(
     run, info = RunDir(out), {**(info or {}), "seed": seed}
     run.start({**info, "pretrain": asdict(config), "versions": versions(), "commit": commit()}, resume)
     if run.finished: return json.loads((run.path/"result.json").read_text())
+    with run.lock():
+        run.sweep()
+        return _read_on(run, model, texts, config, seed, info, after_step, save_seconds, progress)
+
+def _read_on(run, model, texts, config, seed, info, after_step, save_seconds, progress):
+    "Read from the last saved state to the end."
     facts = token_facts(model.vocab)
     stream = lambda start: text_stream(texts["train"], facts, config.masking(model.masking), config.batch_size, seed, start)
     per = len(model.plan(next(stream(0))))
