@@ -268,7 +268,7 @@ def _demo_figure(path, log, untrained):
     plot_scores(axs[1], log, untrained).set_title("Dev scores (dashed: before training)")
     fig.savefig(path, dpi=120); plt.close(fig)
 
-# %% ../nbs/12_cli.ipynb #713c6b70
+# %% ../nbs/12_cli.ipynb #1250c0a5
 @command
 def demo(
     out:str="", # run directory; default: the first free one of runs/demo, runs/demo-2, …
@@ -279,11 +279,12 @@ def demo(
     "Train one BERT on the three tasks for a minute or two and show what it learnt."
     from itertools import chain, count
     import pandas as pd
-    from minbert.data import Corpus, load_tasks, main_tasks, tasks
+    from minbert.data import Corpus, UserError, load_tasks, main_tasks, tasks
     from minbert.heads import HeadConfig, MultitaskBert, our_three_texts
     from minbert.train import RunDir, build, evaluate, train
     free = (Path("runs")/f"demo{s}" for s in chain([""], (f"-{n}" for n in count(2))))
     out = Path(out) if out else next(p for p in free if not p.exists())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f"{out} exists; give another --out")
     full = load_tasks(data, fallback="pocket")
     keep = {t: {"train": s["train"], "dev": s["dev"].take(range(min(rows or 10**9, len(s["dev"]))))} for t, s in full.rows.items() if t in main_tasks}
     corpus = Corpus(keep, full.name, rows)
