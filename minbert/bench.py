@@ -88,11 +88,12 @@ def spoken(tok, rows, index):
     "Rows as `transformers` reads them: token ids, mask and types, padded to the longest."
     return tok(*map(list, zip(*(rows.texts[i] for i in index))), padding=True, truncation=True, max_length=96, return_tensors="pt")
 
-# %% ../nbs/15_speed.ipynb #d201f685
+# %% ../nbs/15_speed.ipynb #2d3013c4
 class Peer(nn.Module):
     "A `transformers` BERT with a linear layer a task."
     def __init__(self):
         super().__init__()
+        need("transformers").utils.logging.disable_progress_bar()
         self.bert = need("transformers").AutoModel.from_pretrained(find_checkpoint("minilm"))
         self.heads = nn.ModuleDict({t: nn.Linear(self.bert.config.hidden_size, tasks[t].n_classes) for t in main_tasks})
         self.dropout = nn.Dropout(.1)
