@@ -10,8 +10,8 @@ __all__ = ['three', 'small', 'peer_losses', 'loops', 'kinds', 'parts', 'Seen', '
            'task_seconds', 'process_seconds', 'breakdown', 'compiled', 'quality', 'records', 'bench_train',
            'bench_growth', 'bench_quality', 'encoder_weights', 'bench', 'summary', 'arithmetic']
 
-# %% ../nbs/15_speed.ipynb #94eb0fef
-import json, os, resource, statistics, subprocess, sys, time
+# %% ../nbs/15_speed.ipynb #a9e6dbf0
+import json, os, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice, tee
@@ -190,7 +190,7 @@ def ceiling(
         best = max(best, 2 * m * k * n / statistics.median(took) / 1e9)
     return best
 
-# %% ../nbs/15_speed.ipynb #ecb492d2
+# %% ../nbs/15_speed.ipynb #13807d7c
 def alone(code:str) -> str:
     "The last line that a Python process of its own prints."
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -202,9 +202,8 @@ def peak_mb(
     steps:int=15, # taken
 ) -> int: # MB
     "Peak memory of a few steps of one loop."
-    return int(alone("import resource; from minbert.bench import loops, three, need; from minbert.data import load_tasks\n"
-                     f"run = loops[{loop!r}](load_tasks(), three)\nfor _ in range({steps}): next(run)\n"
-                     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"))
+    return int(alone("from minbert.bench import loops, three; from minbert.data import load_tasks; from minbert.train import peak_rss_mb\n"
+                     f"run = loops[{loop!r}](load_tasks(), three)\nfor _ in range({steps}): next(run)\nprint(peak_rss_mb())"))
 
 def startup(repeats:int=5) -> dict[str, float]: # seconds, medians
     "How long Python, torch, our encoder and the program's help take to start."

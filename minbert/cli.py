@@ -116,7 +116,7 @@ def _ended(row, seed, got, error):
     scores = "  ".join(f"{t} {v:.3f}" for t, v in got["dev"].items() if t != "overall_raw")
     return f"{row} seed {seed}: {scores}  ({got['wall_s']:.0f} s, {got['peak_rss_mb']} MB)"
 
-# %% ../nbs/12_cli.ipynb #71434796
+# %% ../nbs/12_cli.ipynb #ef7c3857
 @command
 def sweep(
     rows:str="", # rows with commas between, such as E9,S3; default: every row that can run
@@ -130,9 +130,10 @@ def sweep(
 ):
     "Run many rows and seeds, each once; can be stopped and started at any time."
     from minbert.data import UserError, load_tasks
-    from minbert.recipes import open_runs, recipes, sweep
+    from minbert.recipes import get_recipe, open_runs, recipes, sweep
     from tqdm.auto import tqdm
     names, numbers = rows.split(",") if rows else list(recipes), _numbers(seeds, "seeds")
+    for row in names: get_recipe(row)
     if workers < 1: raise UserError(f"workers is {workers}: give 1 or more")
     failed, some = [], sweep(names, numbers, preset, data, out, results, workers, cluster)
     with tqdm(some, total=None, unit="run", desc="sweep") as bar:

@@ -7,8 +7,8 @@ __all__ = ['schedules', 'sum_losses', 'no_penalty', 'check_finite', 'fit', 'make
            'TrainConfig', 'make_schedule', 'save_state', 'load_state', 'versions', 'commit', 'peak_rss_mb', 'RunDir',
            'train', 'quiet', 'encode_some', 'build', 'plot_losses', 'plot_scores']
 
-# %% ../nbs/06_train.ipynb #0440b43a
-import json, math, os, platform, resource, shutil, subprocess, time
+# %% ../nbs/06_train.ipynb #254f950d
+import json, math, os, platform, re, resource, shutil, subprocess, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -172,7 +172,7 @@ def load_state(path:Path, model:nn.Module, optimizer:torch.optim.Optimizer, memo
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as e:
         raise UserError(f"{path}: this state is damaged or belongs to another model ({str(e).splitlines()[0][:100]}); delete it to start the run anew") from e
 
-# %% ../nbs/06_train.ipynb #43522e05
+# %% ../nbs/06_train.ipynb #ac1c0854
 def versions() -> dict[str, str]:
     "Versions that a result depends on."
     def of(name):
@@ -189,6 +189,8 @@ def commit() -> str:
 
 def peak_rss_mb() -> int:
     "Largest resident memory of this process so far, MB."
+    status = Path("/proc/self/status")                       # on Linux; `getrusage` there also counts what the parent was before this process began
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())): return round(int(peak[1]) / 1024)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 1024**2))
 
 # %% ../nbs/06_train.ipynb #18c7e48e
