@@ -21,7 +21,7 @@ def attention_weights(
     "How much each query looks at each key."
     score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])     # (b, h, n, n)
     if mask is not None: score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    return score.softmax(-1)
+    with torch.autocast(score.device.type, enabled=False): return score.softmax(-1)   # it sums in fp32 whatever it is stored in
 
 # %% ../nbs/01_attention.ipynb #b80385d8
 def attention(
@@ -73,9 +73,10 @@ class SelfAttention(nn.Module):
 
     def heads(self,
         x:Tensor, # (b, n, d)
-    ) -> list[Tensor]: # queries, keys, values, each (b, h, n, d/h)
-        "Project, then give each head its own slice of the width."
-        return [f(x).unflatten(-1, (self.h, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)]
+    ) -> Tensor: # (3, b, h, n, d/h): queries, keys, values
+        "Project, all three in one product, then give each head its own slice of the width."
+        W, bias = (torch.cat([getattr(f, part) for f in (self.query, self.key, self.value)]) for part in ("weight", "bias"))
+        return F.linear(x, W, bias).unflatten(-1, (3, self.h, -1)).permute(2, 0, 3, 1, 4)   # (b, n, 3, h, d/h) before
 
     def forward(self,
         x:Tensor, # (b, n, d)
