@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['three', 'small', 'peer_losses', 'loops', 'kinds', 'parts', 'Seen', 'seen', 'count', 'turns', 'ours', 'handout',
-           'need', 'spoken', 'Peer', 'peer', 'bf16', 'fp32', 'usual', 'expert', 'in_turn', 'rates', 'ceiling', 'alone',
-           'peak_mb', 'startup', 'usual_scores', 'evaluations', 'torchjd_combine', 'smart_pytorch', 'methods',
-           'same_batches', 'surgeries', 'smarts', 'over', 'synthetic', 'step_seconds', 'growth', 'exponent',
+           'need', 'spoken', 'Peer', 'peer', 'bf16', 'fp32', 'usual', 'expert', 'in_turn', 'rates', 'ceiling',
+           'ceilings', 'alone', 'peak_mb', 'startup', 'usual_scores', 'evaluations', 'torchjd_combine', 'smart_pytorch',
+           'methods', 'same_batches', 'surgeries', 'smarts', 'over', 'synthetic', 'step_seconds', 'growth', 'exponent',
            'task_seconds', 'process_seconds', 'breakdown', 'compiled', 'quality', 'records', 'bench_train',
            'bench_growth', 'bench_quality', 'encoder_weights', 'bench', 'summary', 'arithmetic']
 
@@ -151,15 +151,17 @@ def in_turn(
     runs:dict[str, Iterator], # name → generator of `Seen`
     rounds:int=12, # that count; one more, first, does not
     steps:int=3, # of each loop in a round
+    beside:Callable=dict, # measured once a round: name → value
     progress:bool=True, # show a progress bar
-) -> pd.DataFrame: # round, loop, seconds, examples, tokens, cells
+) -> pd.DataFrame: # round, loop, seconds, examples, tokens, cells, and what was measured beside them
     "Give each loop a few steps, round after round."
     names, rows = list(runs), []
     for r in tqdm(range(rounds + 1), desc="rounds", unit="round", leave=False, **({} if progress else {"disable": True})):
+        also = beside()
         for name in names[r % len(names):] + names[:r % len(names)]:
             start = time.perf_counter()
             total = np.sum([next(runs[name]) for _ in range(steps)], axis=0)
-            rows.append({"round": r, "loop": name, "seconds": time.perf_counter() - start, **dict(zip(Seen._fields, map(int, total)))})
+            rows.append({"round": r, "loop": name, "seconds": time.perf_counter() - start, **dict(zip(Seen._fields, map(int, total))), **also})
     return pd.DataFrame(rows).query("round > 0")
 
 def rates(
@@ -176,7 +178,7 @@ def rates(
 def ceiling(
     dtype:torch.dtype, # precision of the product
     shapes=((1024, 384, 1536), (2048, 1536, 1536), (1024, 1024, 1024)), # (m, k, n)
-    repeats:int=20, # of each
+    repeats:int=8, # of each
 ) -> float: # GFLOP/s
     "The fastest matrix product that this machine shows now."
     best = 0.
@@ -189,6 +191,10 @@ def ceiling(
             took.append(time.perf_counter() - start)
         best = max(best, 2 * m * k * n / statistics.median(took) / 1e9)
     return best
+
+def ceilings() -> dict[str, float]: # GFLOP/s
+    "The ceiling in both precisions."
+    return {"fp32": ceiling(torch.float32), "bf16": ceiling(torch.bfloat16)}
 
 # %% ../nbs/15_speed.ipynb #13807d7c
 def alone(code:str) -> str:
@@ -259,7 +265,7 @@ def smart_pytorch(model:MultitaskBert) -> Callable:
     return penalty
 
 # %% ../nbs/15_speed.ipynb #a92ef2d9
-def methods(corpus:Corpus, rounds:int=6) -> dict[str, pd.DataFrame]: # "surgery", "smart" → rounds
+def methods(corpus:Corpus, rounds:int=16) -> dict[str, pd.DataFrame]: # "surgery", "smart" → rounds
     "Steps of each method and of its peer, on the same batches, in turn."
     return {"surgery": same_batches(corpus, three, summed, surgeries, rounds), "smart": same_batches(corpus, {"sst": 32, "sts": 32}, round_robin, smarts, rounds)}
 
@@ -341,9 +347,9 @@ def process_seconds(most:int=2, steps:int=12) -> pd.DataFrame: # what, size, sec
 # %% ../nbs/15_speed.ipynb #efd5984d
 kinds = {"matrix products": ("aten::mm", "aten::addmm"), "attention": ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::masked_fill_", "aten::masked_fill"),
          "optimiser and clipping": ("aten::_fused_adamw_", "aten::linalg_vector_norm", "Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"),
-         "dropout": ("aten::random_", "aten::ge", "aten::mul", "aten::mul_"), "casts and copies": ("aten::copy_", "aten::_to_copy", "aten::to", "aten::fill_", "aten::zero_"),
+         "dropout": ("aten::random_", "aten::ge", "aten::mul", "aten::mul_"), "casts and copies": ("aten::copy_", "aten::_to_copy", "aten::to"),
          "norms and GELU": ("aten::gelu", "aten::gelu_backward", "aten::native_layer_norm", "aten::native_layer_norm_backward"),
-         "embeddings": ("aten::embedding", "aten::embedding_dense_backward", "aten::index_select")}
+         "embeddings": ("aten::embedding", "aten::embedding_dense_backward", "aten::index_select", "aten::fill_", "aten::zero_", "aten::_unique2", "aten::index_copy_")}
 
 def breakdown(corpus:Corpus, steps:int=12) -> pd.Series: # kind of work → share of the time
     "Share of each kind of work in our training step."
@@ -392,10 +398,8 @@ def quality(corpus:Corpus, name:str, seed:int, examples:int=9600, rows:int=3000)
 def records(table:pd.DataFrame) -> list[dict]: return table.to_dict("records")
 
 def bench_train(corpus, rounds):
-    "The four loops in turn, at both batch sizes, and the ceiling before and after."
-    before = {"fp32": ceiling(torch.float32), "bf16": ceiling(torch.bfloat16)}
-    table = {name: records(in_turn({n: f(corpus, sizes) for n, f in loops.items()}, rounds)) for name, sizes in (("equal", three), ("report S", small))}
-    return {**table, "ceiling": {k: max(v, ceiling(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[k]))) for k, v in before.items()}}
+    "The four loops in turn, at both batch sizes, and the ceiling beside them."
+    return {name: records(in_turn({n: f(corpus, sizes) for n, f in loops.items()}, rounds, beside=ceilings)) for name, sizes in (("equal", three), ("report S", small))}
 
 def bench_growth(corpus, rounds):
     "Every size in one table."
@@ -437,7 +441,7 @@ def summary(got:dict) -> list[str]: # lines
             lines.append(f"training, batches {'32 in turn' if name == 'equal' else '2/20/2 summed'}: ours {r['examples/s']['ours']:.0f} examples/s; " +
                          ", ".join(f"{r['examples/s']['ours'] / r['examples/s'][n]:.2f} x {n}" for n in ("handout", "usual", "expert")))
             if name == "equal":
-                best = got["train"]["ceiling"]["bf16" if got["bf16"] else "fp32"]
+                best = pd.DataFrame(got["train"][name])["bf16" if got["bf16"] else "fp32"].median()
                 lines.append(f"useful work: {r['useful GFLOP/s']['ours']:.0f} of {best:.0f} GFLOP/s, {r['useful GFLOP/s']['ours'] / best:.0%} of the ceiling; expert {r['useful GFLOP/s']['expert'] / best:.0%}")
     if "evaluation" in got:
         m = pd.DataFrame(got["evaluation"]).groupby("loop").seconds.median()

@@ -247,7 +247,7 @@ def autocast(
 # %% ../nbs/04_heads.ipynb #d5e3528b
 def by_tokens(
     lengths:np.ndarray, # (rows,)
-    tokens:int=4096, # in a batch, padding included
+    tokens:int=2048, # in a batch, padding included
 ) -> list[np.ndarray]: # index arrays
     "Batches of like lengths that each hold about the same number of tokens."
     rows, batches, start = np.argsort(lengths, kind="stable"), [], 0

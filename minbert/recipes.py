@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reported', 'mixings', 'combines', 'penalties', 'recipes', 'presets', 'Recipe', 'smart_plugs', 'get_recipe',
            'ingredients', 'Preset', 'count_steps', 'batch_sizes', 'reversed_too', 'augmented', 'make_heads', 'run_row',
-           'watched', 'pretrained', 'get_preset', 'best_row', 'predict_test', 'run_name', 'keep', 'kept',
+           'watched', 'pretrained', 'get_preset', 'best_row', 'predict_test', 'run_name', 'keep', 'kept', 'minutes',
            'results_table', 'one_run', 'open_runs', 'sweep', 'connected', 'spread', 'report_table']
 
 # %% ../nbs/11_recipes.ipynb #e0b5a3c0
@@ -297,11 +297,15 @@ def kept(results:str|Path="results") -> list[dict]:
     found = [json.loads(p.read_text()) for p in sorted(Path(results).glob("*-s*.json"))]
     return [r for r in found if "row" in r and "dev" in r]
 
+def minutes(run:dict) -> float:
+    "Processor time of a kept run; wall time where the run is older than this measure."
+    return run.get("cpu_s", run["wall_s"]) / 60
+
 def results_table(
     results:str|Path="results", # the collection
 ) -> pd.DataFrame: # one line a run
     "Every kept result."
-    return pd.DataFrame([{**{k: r[k] for k in ("row", "seed", "preset", "data_fingerprint", "wall_s", "peak_rss_mb")}, **r["dev"]} for r in kept(results)])
+    return pd.DataFrame([{**{k: r[k] for k in ("row", "seed", "preset", "data_fingerprint", "wall_s", "peak_rss_mb")}, "minutes": minutes(r), **r["dev"]} for r in kept(results)])
 
 # %% ../nbs/11_recipes.ipynb #8ca75484
 def one_run(
@@ -384,6 +388,6 @@ def report_table(
         ours, (title, *theirs) = runs[runs.row == row], reported.get(row, ("our own", None, None, None))
         said = {f"{t} (report)": "" if x is None else f"{x:.3f}" for t, x in zip(main_tasks, theirs)}
         mine = {k: spread(ours[k]) if k in ours else "" for k in (*main_tasks, "overall", "overall_raw")}
-        return {"row": row, "what": title, **said, **mine, "seeds": len(ours), "minutes": f"{ours.wall_s.mean() / 60:.1f}" if len(ours) else "",
+        return {"row": row, "what": title, **said, **mine, "seeds": len(ours), "minutes": f"{ours.minutes.mean():.1f}" if len(ours) else "",
                 "memory, MB": f"{ours.peak_rss_mb.max():.0f}" if len(ours) else ""}
     return pd.DataFrame([line(row) for row in (*reported, *(r for r in recipes if r not in reported))]).set_index("row")

@@ -20,7 +20,7 @@ from scipy.stats import ttest_ind
 
 from .data import Corpus, Rows, UserError, main_tasks, task_colors, tasks
 from .heads import metrics, overall
-from .recipes import kept, recipes, reported, run_name, spread
+from .recipes import kept, minutes, recipes, reported, run_name, spread
 
 # %% ../nbs/13_results.ipynb #030f4015
 def measured(
@@ -153,7 +153,7 @@ def cost_table(
     "Both overall scores beside time and memory."
     both = pd.concat([task_table(table, r, ("overall", "overall_raw")) for r in "ES"])
     mine = by_row(runs)
-    took = {row: np.array([r["wall_s"] for r in m]) / 60 for row, m in mine.items()}
+    took = {row: np.array([minutes(r) for r in m]) for row, m in mine.items()}
     both["cost", "minutes"] = pd.Series({row: f"{x.mean():.1f}" + (f" ± {x.std(ddof=1):.1f}" if len(x) > 1 else "") for row, x in took.items()}, dtype=object)
     both["cost", "steps"] = pd.Series({row: f"{m[0]['steps']:,}" for row, m in mine.items()}, dtype=object)
     both["cost", "peak MB"] = pd.Series({row: f"{max(r['peak_rss_mb'] for r in m):,.0f}" for row, m in mine.items()}, dtype=object)
@@ -193,7 +193,7 @@ families = {"E": ("#0173b2", "o"), "S": ("#de8f05", "s")}
 def costs(runs:list[dict]) -> pd.DataFrame:
     "Mean minutes, peak memory and overall score of every row that trains and has all three tasks."
     rows = {row: m for row, m in by_row(runs).items() if not recipes[row].best_of and all("overall" in r["dev"] for r in m)}
-    line = lambda m: {"minutes": np.mean([r["wall_s"] for r in m]) / 60, "GB": max(r["peak_rss_mb"] for r in m) / 1000, "overall": np.mean([r["dev"]["overall"] for r in m]), "seeds": len(m)}
+    line = lambda m: {"minutes": np.mean([minutes(r) for r in m]), "GB": max(r["peak_rss_mb"] for r in m) / 1000, "overall": np.mean([r["dev"]["overall"] for r in m]), "seeds": len(m)}
     return pd.DataFrame({row: line(m) for row, m in rows.items()}, index=["minutes", "GB", "overall", "seeds"]).T
 
 def place_labels(y:np.ndarray, gap:float) -> np.ndarray:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schedules', 'sum_losses', 'no_penalty', 'check_finite', 'fit', 'make_feeds', 'load', 'evaluate', 'write_predictions',
-           'TrainConfig', 'make_schedule', 'save_state', 'load_state', 'versions', 'commit', 'peak_rss_mb', 'RunDir',
-           'train', 'quiet', 'encode_some', 'build', 'plot_losses', 'plot_scores']
+           'TrainConfig', 'make_schedule', 'save_state', 'load_state', 'versions', 'commit', 'clocks', 'peak_rss_mb',
+           'RunDir', 'train', 'quiet', 'encode_some', 'build', 'plot_losses', 'plot_scores']
 
 # %% ../nbs/06_train.ipynb #254f950d
 import json, math, os, platform, re, resource, shutil, subprocess, time
@@ -187,6 +187,10 @@ def commit() -> str:
     except OSError: return ""
     return "" if head.returncode else head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
 
+def clocks() -> np.ndarray: # (2,) seconds
+    "Wall time and the processor time of this process; only differences mean anything."
+    return np.array([time.monotonic(), time.process_time()])
+
 def peak_rss_mb() -> int:
     "Largest resident memory of this process so far, MB."
     status = Path("/proc/self/status")                       # on Linux; `getrusage` there also counts what the parent was before this process began
@@ -278,17 +282,17 @@ def train(
 
 # %% ../nbs/06_train.ipynb #ce863214
 def _go_on(run, model, data, config, mixing, combine, penalty, after_step, memory, save_seconds, progress):
-    "Train from the last saved state to the end; returns the seconds that all parts took together."
+    "Train from the last saved state to the end; returns the seconds that all parts took together, by both clocks."
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    done, memo = load_state(run.state, model, optimizer, memory) if run.state.exists() else (0, {"best": -1.0, "seconds": 0.0})
+    done, memo = load_state(run.state, model, optimizer, memory) if run.state.exists() else (0, {"best": -1.0, "seconds": [0.0, 0.0]})
     run.rewind(done)
     steps = islice(mixing(make_feeds(model, data["train"], config.batch_sizes, config.seed)), done, None)
-    started = time.monotonic() - memo["seconds"]
+    started = clocks() - memo["seconds"]
     loop = fit(model.train(), load(model, data["train"], steps), optimizer, config.steps, done, config.seed, combine, penalty,
                make_schedule(config), config.clip, after_step)
     save = lambda step: save_state(run.state, model, optimizer, step, memo, memory)
     _watch(run, loop, model, optimizer, data["dev"], config, done, memo, started, save, save_seconds, progress)
-    return time.monotonic() - started
+    return clocks() - started
 
 # %% ../nbs/06_train.ipynb #8a6c936c
 def quiet(progress:bool) -> dict:
@@ -309,10 +313,10 @@ def _watch(run, loop, model, optimizer, dev, config, done, memo, started, save, 
             if step in at:
                 scores, _ = evaluate(model, some)
                 score = scores.get("overall", sum(scores.values()) / len(scores))
-                run.log(step=step, seconds=round(time.monotonic() - started, 1), **{f"dev_{k}": round(v, 6) for k, v in scores.items()})
+                run.log(step=step, seconds=round((clocks() - started)[0], 1), **{f"dev_{k}": round(v, 6) for k, v in scores.items()})
                 if score > memo["best"]: memo["best"] = score; model.save_pretrained(run.path/"model")
             if step in at or time.monotonic() - saved > save_seconds:
-                memo["seconds"] = time.monotonic() - started
+                memo["seconds"] = (clocks() - started).tolist()
                 save(step); saved = time.monotonic()
 
 def encode_some(e:Encoded, n:int) -> Encoded:
@@ -330,7 +334,7 @@ def _finish(run, data, config, info, seconds, progress):
     log = run.metrics().rename(columns=lambda c: c.removeprefix("dev_"))
     looks = log[log.seconds.notna()].drop(columns=["lr"]).dropna(axis=1).to_dict("records") if "seconds" in log else []
     result = {**info, "seed": config.seed, "dev": {k: round(v, 6) for k, v in scores.items()}, "steps": config.steps, "batch_sizes": seen, "curve": looks,
-              "wall_s": round(seconds, 1), "peak_rss_mb": peak_rss_mb(), "versions": versions(), "commit": commit()}
+              "wall_s": round(seconds[0], 1), "cpu_s": round(seconds[1], 1), "peak_rss_mb": peak_rss_mb(), "versions": versions(), "commit": commit()}
     run.write("result.json", result)
     shutil.rmtree(run.path/"state", ignore_errors=True)      # a finished run needs no state
     return result

@@ -96,7 +96,7 @@ def same(out, whole):
     "Result, predictions, weights and metrics are equal to the last bit."
     a, b = (json.loads((p/"result.json").read_text()) for p in (out, whole))
     for got in (a, b): got["curve"] = [{k: v for k, v in look.items() if k != "seconds"} for look in got["curve"]]
-    measured = ("wall_s", "peak_rss_mb")
+    measured = ("wall_s", "cpu_s", "peak_rss_mb")
     assert {k: v for k, v in a.items() if k not in measured} == {k: v for k, v in b.items() if k not in measured}
     for name in ("dev-sst.csv", "dev-para.csv", "dev-sts.csv", "model/model.safetensors", "model/heads.safetensors"):
         assert (out/name).read_bytes() == (whole/name).read_bytes(), name
