@@ -21,7 +21,7 @@ def attention_weights(
     "How much each query looks at each key."
     score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])     # (b, h, n, n)
     if mask is not None: score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    with torch.autocast(score.device.type, enabled=False): return score.softmax(-1)   # it sums in fp32 whatever it is stored in
+    return score.softmax(-1)
 
 # %% ../nbs/01_attention.ipynb #b80385d8
 def attention(
