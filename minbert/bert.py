@@ -93,8 +93,7 @@ class Lookup(torch.autograd.Function):
         rows, place = ids.unique(return_inverse=True)
         some = torch.ops.aten.embedding_dense_backward(grad, place, len(rows), -1, False)      # (rows, d)
         if ctx.padding is not None: some = some * (rows != ctx.padding)[:, None]
-        empty = torch.zeros_like(table) if torch.is_grad_enabled() else ctx.scratch.zeros(table)   # who differentiates a gradient keeps it
-        return empty.index_copy_(0, rows, some), None, None, None
+        return ctx.scratch.zeros(table).index_copy_(0, rows, some), None, None, None
 
 class WordEmbedding(nn.Embedding):
     "`nn.Embedding` that costs little to train on a CPU."
