@@ -8,6 +8,7 @@ __all__ = ['attention_weights', 'attention', 'dropout_mask', 'Dropout', 'SelfAtt
 # %% ../nbs/01_attention.ipynb #0554b070
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def attention_weights(
     "How much each query looks at each key."
     score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])     # (b, h, n, n)
     if mask is not None: score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    return score.softmax(-1)
+    return score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
 
 # %% ../nbs/01_attention.ipynb #b80385d8
 def attention(
@@ -43,10 +44,11 @@ def dropout_mask(
     dtype:torch.dtype=torch.float32, # of the mask
 ) -> Tensor: # zeros, and elsewhere the one number that keeps the mean
     "Zeros with probability `p`, else 1/(1-p): four decisions from each random 64-bit integer."
-    n, scale = math.prod(shape), torch.tensor(1 / (1 - p), dtype=dtype).item()
-    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, 2**63 - 1)
-    keep = bits.view(torch.int16)[:n].view(shape) >= round((1 - 1 / scale) * 2**16) - 2**15
-    return keep.to(dtype).mul_(scale)
+    n, scale = math.prod(shape), torch.tensor(1 / (1 - p), dtype=dtype)
+    fast = np.random.SFC64(torch.randint(2**63 - 1, ()).item())                # torch's seed decides, as everywhere
+    keep = fast.random_raw(-(-n // 4)).view(np.uint16)[:n] >= round((1 - 1 / scale.item()) * 2**16)
+    pattern = scale.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).numpy()
+    return torch.from_numpy(keep * pattern).view(dtype).view(shape)            # all bits zero is the number 0.
 
 # %% ../nbs/01_attention.ipynb #a59b9e51
 class Dropout(nn.Dropout):

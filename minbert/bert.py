@@ -83,17 +83,19 @@ class Lookup(torch.autograd.Function):
     "Rows of a table; the table's gradient lies in a `Scratch`."
     @staticmethod
     def forward(ctx, table, ids, padding, scratch):
-        ctx.save_for_backward(table, ids)
-        ctx.padding, ctx.scratch = padding, scratch
+        "The rows `ids` of `table`."
+        ctx.save_for_backward(ids)
+        ctx.padding, ctx.scratch, ctx.like = padding, scratch, table.detach()  # its size and type matter, its values do not
         return F.embedding(ids, table)
 
     @staticmethod
     def backward(ctx, grad):
-        table, ids = ctx.saved_tensors
+        "Add what came back to each row; the row of padding gets nothing."
+        ids, = ctx.saved_tensors
         rows, place = ids.unique(return_inverse=True)
         some = torch.ops.aten.embedding_dense_backward(grad, place, len(rows), -1, False)      # (rows, d)
         if ctx.padding is not None: some = some * (rows != ctx.padding)[:, None]
-        return ctx.scratch.zeros(table).index_copy_(0, rows, some), None, None, None
+        return ctx.scratch.zeros(ctx.like).index_copy_(0, rows, some), None, None, None
 
 class WordEmbedding(nn.Embedding):
     "`nn.Embedding` that costs little to train on a CPU."
