@@ -398,7 +398,9 @@ def quality(corpus:Corpus, name:str, seed:int, examples:int=9600, rows:int=3000)
     return {t: metrics[tasks[t].metric](answers[t], dev[t].labels) for t in main_tasks}
 
 # %% ../nbs/15_speed.ipynb #4b2a34b5
-def records(table:pd.DataFrame) -> list[dict]: return table.to_dict("records")
+def records(table:pd.DataFrame) -> list[dict]:
+    "A table as JSON takes it."
+    return table.to_dict("records")
 
 def bench_train(corpus, rounds):
     "The four loops in turn, at both batch sizes, and the ceiling beside them."
@@ -416,7 +418,9 @@ parts = {"train": bench_train, "evaluation": lambda corpus, rounds: records(eval
          "memory": lambda corpus, rounds: {name: peak_mb(name) for name in loops}, "startup": lambda corpus, rounds: startup(), "compile": compiled,
          "breakdown": lambda corpus, rounds: breakdown(corpus).to_dict(), "growth": bench_growth, "quality": bench_quality}
 
-def encoder_weights() -> int: return sum(p.numel() for p in BertModel.from_pretrained("minilm").encoder.parameters())
+def encoder_weights() -> int:
+    "P: the weights of MiniLM's layers."
+    return sum(p.numel() for p in BertModel.from_pretrained("minilm").encoder.parameters())
 
 def bench(
     corpus:Corpus, # from `load_tasks`

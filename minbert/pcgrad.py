@@ -164,8 +164,13 @@ def pcgrad_weights(
     return project(G, random_order(len(G))).sum(0)
 
 # %% ../nbs/07_pcgrad.ipynb #994ec077
-def sum_weights(G:Tensor) -> Tensor: return torch.ones(len(G), dtype=torch.float64)
-def mean_weights(G:Tensor) -> Tensor: return sum_weights(G) / len(G)
+def sum_weights(G:Tensor) -> Tensor:
+    "Every gradient as it is."
+    return torch.ones(len(G), dtype=torch.float64)
+
+def mean_weights(G:Tensor) -> Tensor:
+    "Every gradient, divided by their number."
+    return sum_weights(G) / len(G)
 
 def vaccinate(
     G:Tensor, # (T, T) Gramian
@@ -182,7 +187,9 @@ def vaccinate(
             if cos < target: C[i, j] += a * (target * (1 - cos**2).sqrt() - cos * s) / (b * s)
     return C
 
-def gradvac_weights(G:Tensor, target:float=.1) -> Tensor: return vaccinate(G, random_order(len(G)), target).sum(0)
+def gradvac_weights(G:Tensor, target:float=.1) -> Tensor:
+    "Gradient Vaccine with one target for all pairs."
+    return vaccinate(G, random_order(len(G)), target).sum(0)
 
 def mgda_weights(
     G:Tensor, # (T, T) Gramian
@@ -236,7 +243,9 @@ def slope(
     "Gradient that leaves `.grad` alone."
     return list(torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True, **kw))
 
-def dot(a:list[Tensor], b:list[Tensor]) -> float: return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b))
+def dot(a:list[Tensor], b:list[Tensor]) -> float:
+    "Inner product of two lists of tensors, added up in float64."
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b))
 
 # %% ../nbs/07_pcgrad.ipynb #29778c55
 def curvature_taylor(
@@ -351,7 +360,9 @@ class Atlas:
             with open(self.path, "a" if self.step else "w") as f: f.write(json.dumps(what, separators=(",", ":")) + "\n")
         except OSError as e: raise UserError(f"cannot write {self.path}: {e.strerror}") from e
 
-    def state_dict(self) -> dict: return {"step": torch.tensor(self.step)}
+    def state_dict(self) -> dict:
+        "The number of the next step."
+        return {"step": torch.tensor(self.step)}
 
     def load_state_dict(self, state:dict):
         "Go on after a saved state: looks after it will be taken again."

@@ -277,7 +277,9 @@ def predict_test(run:Path, corpus:Corpus):
         write_predictions(run/f"test-{t}.csv", encoded.rows, predict_rows(model, t, encoded))
 
 # %% ../nbs/11_recipes.ipynb #600bda36
-def run_name(row:str, preset:str, seed:int) -> str: return f"{row}-{preset}-s{seed}"
+def run_name(row:str, preset:str, seed:int) -> str:
+    "The name of a run directory and of what is kept of it."
+    return f"{row}-{preset}-s{seed}"
 
 def keep(
     run_dir:str|Path, # a finished run

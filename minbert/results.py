@@ -33,8 +33,13 @@ def measured(
     if len(data) > 1: raise UserError(f"{results}: runs on different data ({', '.join(data)}) are not put in one table")
     return sorted(runs, key=lambda r: (list(recipes).index(r["row"]) if r["row"] in recipes else len(recipes), r["seed"]))
 
-def listed(names) -> str: return ", ".join(names) or "none"
-def count_seeds(n:int) -> str: return f"{n:.0f} seed" + ("s" if n != 1 else "")
+def listed(names) -> str:
+    "Names with commas between, or none."
+    return ", ".join(names) or "none"
+
+def count_seeds(n:int) -> str:
+    "A number of seeds, in words."
+    return f"{n:.0f} seed" + ("s" if n != 1 else "")
 
 def by_row(runs:list[dict]) -> dict[str, list[dict]]:
     "Row → its runs, for the rows of the reports that have any."
@@ -106,7 +111,9 @@ def bootstrap(
     won, lost, _ = rng.multinomial(n, [(d == k).mean() for k in (1, -1, 0)], draws).T
     return (won - lost) / n
 
-def middle(draws:np.ndarray) -> tuple[float, float]: return tuple(np.quantile(draws, [.025, .975])) # 95 % of the draws
+def middle(draws:np.ndarray) -> tuple[float, float]:
+    "The ends of the middle 95 % of the draws."
+    return tuple(np.quantile(draws, [.025, .975]))
 
 # %% ../nbs/13_results.ipynb #955f09e2
 score_names = {"sst": "SST", "para": "paraphrase", "sts": "STS", "overall": "overall", "overall_raw": "overall, raw"}
@@ -336,8 +343,13 @@ def evidence(
     return pd.DataFrame([line(c, row, against, k) for c in claims for row, against in c.pairs for k in c.scores])
 
 # %% ../nbs/13_results.ipynb #8909c39c
-def span(x) -> str: return "" if x is None else f"[{x[0]:+.3f}, {x[1]:+.3f}]"
-def signed(x) -> str: return "" if pd.isna(x) else f"{x:+.3f}"
+def span(x) -> str:
+    "An interval with signs; nothing if there is none."
+    return "" if x is None else f"[{x[0]:+.3f}, {x[1]:+.3f}]"
+
+def signed(x) -> str:
+    "A number with its sign; nothing if there is none."
+    return "" if pd.isna(x) else f"{x:+.3f}"
 
 def evidence_table(proof:pd.DataFrame) -> pd.DataFrame:
     "The evidence as strings, for showing."

@@ -203,9 +203,14 @@ class RunDir:
     def __init__(self, path:str|Path): self.path = Path(path)
 
     @property
-    def state(self) -> Path: return self.path/"state"/"last.safetensors"
+    def state(self) -> Path:
+        "Where the last saved state lies."
+        return self.path/"state"/"last.safetensors"
+
     @property
-    def finished(self) -> bool: return (self.path/"result.json").exists()
+    def finished(self) -> bool:
+        "Whether the result is there."
+        return (self.path/"result.json").exists()
 
     def start(self,
         config:dict, # all that the run depends on
@@ -230,7 +235,9 @@ class RunDir:
         try: return FileLock(self.state.parent/"lock").acquire(timeout=0)      # held by the operating system: a killed process holds none
         except Timeout: raise UserError(f"{self.path}: another process is working on this run") from None
 
-    def write(self, name:str, content:dict): write_atomic(self.path/name, json.dumps(content, indent=1) + "\n")
+    def write(self, name:str, content:dict):
+        "Write one JSON file, whole or not at all."
+        write_atomic(self.path/name, json.dumps(content, indent=1) + "\n")
 
     def log(self, **what):
         "Add one line to metrics.jsonl."
