@@ -49,7 +49,7 @@ def recipes():
 # %% ../nbs/12_cli.ipynb #60b33684
 @command
 def run(
-    row:str, # row of the reports: E1 to E18, S1 to S10 ('minbert recipes' lists them)
+    row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own ('minbert recipes' lists them)
     seed:int=0, # of fresh heads, order and dropout
     out:str="", # run directory; default: runs/ROW-PRESET-sSEED
     data:str="auto", # data directory; auto: see 'minbert data'

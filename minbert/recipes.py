@@ -48,7 +48,7 @@ reported = {
 @dataclass(frozen=True)
 class Recipe:
     "The ingredients of one row."
-    row: str # E1…E18, S1…S10
+    row: str # E1…E18, S1…S10, best
     trains: tuple = main_tasks # tasks that are trained
     scores: tuple = main_tasks # tasks that are scored
     mixing: str = "round_robin" # a key of `mixings`
@@ -60,6 +60,7 @@ class Recipe:
     head_dropout: float = 0.1 # before each head
     schedule: str = "linear" # learning rate over the run, after the warm-up
     weight_decay: float = 0.0 # AdamW's
+    budget: float = 1.0 # examples that are seen, as a multiple of the preset's
     combine: str = "sum" # a key of `combines`
     penalty: str = "none" # a key of `penalties`
     pretrain: tuple = () # what is read before: "mlm" or "rtd", and the share of the preset's pretraining steps
@@ -72,7 +73,7 @@ class Recipe:
     @property
     def title(self) -> str:
         "The row's name in its report."
-        return reported[self.row][0]
+        return reported[self.row][0] if self.row in reported else "our own"
 
 mixings = {"single": single, "round_robin": round_robin, "summed": summed}
 combines = {name: surgery(weigh) for name, weigh in surgeons.items()} | {"sum": sum_losses}
@@ -119,25 +120,26 @@ recipes = {r.row: r for r in (
     replace(_s, row="S7", combine="pcgrad", penalty="SMART, report S", note="S4 and S5 together"),
     replace(_s, row="S8", penalty="SMART, report S", augment=True, batch_sizes=_aug, note="S4 and S6 together"),
     replace(_s, row="S9", combine="pcgrad", augment=True, batch_sizes=_aug, note="S5 and S6 together"),
-    replace(_s, row="S10", combine="pcgrad", penalty="SMART, report S", augment=True, batch_sizes=_aug, note="S4, S5 and S6 together"))}
+    replace(_s, row="S10", combine="pcgrad", penalty="SMART, report S", augment=True, batch_sizes=_aug, note="S4, S5 and S6 together"),
+    Recipe("best", batch_sizes=(("sst", 24), ("para", 96), ("sts", 24)), augment=True, budget=2.5, note="E9 with larger paraphrase batches, STS pairs in both orders and 2.5 times the examples; a first guess, not measured yet"))}
 
 # %% ../nbs/11_recipes.ipynb #799f8260
 def get_recipe(
-    row:str, # E1…E18 or S1…S10
+    row:str, # E1…E18, S1…S10 or best
 ) -> Recipe: # the row's ingredients
     "Look up a row, or say what is there."
     if row in recipes: return recipes[row]
-    raise UserError(f"unknown row {row!r}; the rows are E1 to E18 and S1 to S10 ('minbert recipes' lists them)")
+    raise UserError(f"unknown row {row!r}; the rows are E1 to E18, S1 to S10 and best ('minbert recipes' lists them)")
 
 # %% ../nbs/11_recipes.ipynb #58dab2b1
 def ingredients() -> pd.DataFrame:
     "One line a row: what the report printed, and what we put in."
-    def line(row):
-        r = recipes.get(row)
-        return {} if r is None else {"before": " × ".join(map(str, r.pretrain)) or "-", "mixing": r.mixing if not r.untrained and not r.best_of else "none", "pairs": r.pairs if r.pairs == "cross" else f"{r.pairs}, {r.features}", "pair losses": ", ".join(r.pair_losses),
+    def line(r):
+        "A row in words."
+        printed = dict(zip(main_tasks, reported.get(r.row, ("", None, None, None))[1:]))
+        return {"report": r.title, **printed, "before": " × ".join(map(str, r.pretrain)) or "-", "mixing": r.mixing if not r.untrained and not r.best_of else "none", "pairs": r.pairs if r.pairs == "cross" else f"{r.pairs}, {r.features}", "pair losses": ", ".join(r.pair_losses),
             "batch": "/".join(str(b) for t, b in r.batch_sizes if t in r.trains), "combine": r.combine, "penalty": r.penalty, "note": r.note}
-    names = {row: {"report": title, "sst": a, "para": b, "sts": c, **line(row)} for row, (title, a, b, c) in reported.items()}
-    return pd.DataFrame.from_dict(names, orient="index")
+    return pd.DataFrame.from_dict({row: line(r) for row, r in recipes.items()}, orient="index")
 
 # %% ../nbs/11_recipes.ipynb #73116664
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def make_heads(r:Recipe, pool:str="mean") -> list[HeadConfig]:
 
 # %% ../nbs/11_recipes.ipynb #476964ca
 def run_row(
-    row:str, # E1…E18 or S1…S10
+    row:str, # E1…E18, S1…S10 or best
     out:str|Path, # the run directory
     corpus:Corpus, # from `load_tasks`
     preset:str="cpu", # a key of `presets`
@@ -212,7 +214,7 @@ def run_row(
     model, data = build(BertModel.from_pretrained(start), augmented(corpus) if r.augment else corpus, make_heads(r), p.max_length, seed)
     if r.freeze: model.bert.requires_grad_(False)
     sizes = batch_sizes(r, p)
-    examples = (p.epochs if epochs is None else epochs) * (p.epoch_examples or sum(len(data["train"][t]) for t in r.trains))
+    examples = r.budget * (p.epochs if epochs is None else epochs) * (p.epoch_examples or sum(len(data["train"][t]) for t in r.trains))
     config = TrainConfig(count_steps(r, sizes, examples), sizes, p.lr, r.weight_decay, r.schedule, seed=seed, evals=p.evals, eval_rows=p.eval_rows)
     plugs = {"combine": combines[r.combine], **penalties[r.penalty](model, config.steps)}
     cut = {t: e.truncated(r.pairs, p.max_length) for t, e in data["train"].items()}
@@ -311,7 +313,7 @@ def results_table(
 
 # %% ../nbs/11_recipes.ipynb #8ca75484
 def one_run(
-    row:str, # E1…E18 or S1…S10
+    row:str, # E1…E18, S1…S10 or best
     seed:int, # of the run
     preset:str, # a key of `presets`
     data:str, # data directory, or auto
@@ -343,7 +345,7 @@ def open_runs(
 
 # %% ../nbs/11_recipes.ipynb #501f6802
 def sweep(
-    rows:list[str], # E1…E18, S1…S10
+    rows:list[str], # E1…E18, S1…S10, best
     seeds:list[int]=(0,), # of the runs
     preset:str="cpu", # a key of `presets`
     data:str="auto", # data directory, or auto
