@@ -107,7 +107,12 @@ def same(out, whole):
 def start(code, out, data_dir):
     "Start the program, with a few lines of Python before it."
     return subprocess.Popen([sys.executable, "-c", eager.format(code), *RUN, "--data", str(data_dir), "--out", str(out), "--resume"], cwd=out.parent,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
+
+
+def hear_ctrl_c():
+    "Tests that are run in the background ignore Ctrl-C, and so would the programs they start."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, process, seconds=60):
