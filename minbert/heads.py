@@ -86,6 +86,7 @@ class Output(NamedTuple):
     u: Tensor # (b, d) pooled vectors of the first (or only) sequences
     v: Tensor|None = None # (b, d) of the second sequences, with separate pairs
     rng: Tensor|None = None # state of the random numbers before the pass: from it a second pass draws the same dropout
+    words: Tensor|None = None # (r, n, d) word vectors that were read
 
 def scaled(labels, task):
     "Labels as a share of the task's range (b,), in [0, 1]."
@@ -178,11 +179,11 @@ class MultitaskBert(nn.Module):
 
     def forward(self, task:str, batch:Batch, inputs_embeds:Tensor|None=None) -> Output:
         "Encode a batch of one task and apply that task's head; `inputs_embeds` (r, n, d) replaces the word embeddings."
-        c = self.configs[task]
-        ids, rng = batch.input_ids if inputs_embeds is None else None, rng_state(batch.attention_mask.device)
-        out = self.bert(ids, batch.attention_mask, batch.token_type_ids, inputs_embeds=inputs_embeds)
+        c, rng = self.configs[task], rng_state(batch.attention_mask.device)
+        words = self.bert.embeddings.word_embeddings(batch.input_ids) if inputs_embeds is None else inputs_embeds
+        out = self.bert(None, batch.attention_mask, batch.token_type_ids, inputs_embeds=words)
         pooled = pools[c.pool](out, batch.attention_mask)             # (r, d)
-        return self.heads[task](*(pooled.chunk(2) if c.two else (pooled,)))._replace(rng=rng)
+        return self.heads[task](*(pooled.chunk(2) if c.two else (pooled,)))._replace(rng=rng, words=words)
 
     def loss(self, task:str, batch:Batch, out:Output) -> Tensor:
         "Mean loss over the batch's rows."

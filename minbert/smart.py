@@ -160,8 +160,8 @@ def smoothness(
     c:SmartConfig, # ε, σ, η, K
 ) -> Tensor: # R_s, a scalar with gradient
     "How far the answer moves if the words move a little."
-    head = model.configs[task]
-    ell, x = distance(head), model.bert.embeddings.word_embeddings(batch.input_ids)           # (r, n, d)
+    head, x = model.configs[task], out.words                          # (r, n, d), the clean pass's own
+    ell = distance(head)
     def f(moved):
         with same_dropout(out.rng, moved.device): return model(task, batch, inputs_embeds=moved).logits
     clean = x.detach()
