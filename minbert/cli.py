@@ -135,9 +135,8 @@ def sweep(
     names, numbers = rows.split(",") if rows else list(recipes), _numbers(seeds, "seeds")
     for row in names: get_recipe(row)
     if workers < 1: raise UserError(f"workers is {workers}: give 1 or more")
-    failed, some = [], sweep(names, numbers, preset, data, out, results, workers, cluster)
-    with tqdm(some, total=None, unit="run", desc="sweep") as bar:
-        bar.total = len(open_runs(names, numbers, preset, load_tasks(data).fingerprint, results))
+    failed, todo = [], open_runs(names, numbers, preset, load_tasks(data).fingerprint, results)
+    with tqdm(sweep(names, numbers, preset, data, out, results, workers, cluster), total=len(todo), unit="run", desc="sweep") as bar:
         for row, seed, got, error in bar:
             bar.write(_ended(row, seed, got, error), file=sys.stdout)
             if got is None: failed.append(f"{row} seed {seed}")
