@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['reported', 'mixings', 'combines', 'penalties', 'recipes', 'presets', 'Recipe', 'smart_plugs', 'get_recipe',
-           'ingredients', 'Preset', 'count_steps', 'batch_sizes', 'reversed_too', 'augmented', 'make_heads', 'run_row',
-           'watched', 'pretrained', 'get_preset', 'best_row', 'predict_test', 'run_name', 'keep', 'kept', 'minutes',
-           'results_table', 'one_run', 'open_runs', 'sweep', 'connected', 'spread', 'report_table']
+           'ingredients', 'Preset', 'count_steps', 'batch_sizes', 'reversed_too', 'augmented', 'make_heads', 'compose',
+           'run_row', 'watched', 'pretrained', 'get_preset', 'best_row', 'predict_test', 'run_name', 'keep', 'kept',
+           'minutes', 'results_table', 'one_run', 'open_runs', 'sweep', 'connected', 'spread', 'report_table']
 
 # %% ../nbs/11_recipes.ipynb #e0b5a3c0
 import gzip, json, math, os, shutil, subprocess, sys
@@ -194,6 +194,25 @@ def make_heads(r:Recipe, pool:str="mean") -> list[HeadConfig]:
     return [HeadConfig(tasks[t], r.pairs, pool, r.features, loss[t], r.head_dropout, r.threshold if t == "sts" else .5) for t in r.scores]
 
 # %% ../nbs/11_recipes.ipynb #476964ca
+def compose(
+    row:str, # E1…E18, S1…S10 or best, but not one that is `best_of` others
+    corpus:Corpus, # from `load_tasks`
+    preset:str="cpu", # a key of `presets`
+    seed:int=0, # of heads, order and dropout
+    init:str|Path|None=None, # other starting weights than the preset's
+    epochs:float|None=None, # other than the preset's
+) -> dict: # arguments of `train`
+    "A row put together: model, data, schedule and methods, before the first step."
+    r, p = get_recipe(row), get_preset(preset)
+    model, data = build(BertModel.from_pretrained(Path(init or p.init)), augmented(corpus) if r.augment else corpus, make_heads(r), p.max_length, seed)
+    if r.freeze: model.bert.requires_grad_(False)
+    sizes = batch_sizes(r, p)
+    examples = r.budget * (p.epochs if epochs is None else epochs) * (p.epoch_examples or sum(len(data["train"][t]) for t in r.trains))
+    config = TrainConfig(count_steps(r, sizes, examples), sizes, r.rate * p.lr, r.weight_decay, r.schedule, seed=seed, evals=p.evals, eval_rows=p.eval_rows)
+    cut = {t: e.truncated(r.pairs, p.max_length) for t, e in data["train"].items()}
+    info = {"row": row, "preset": preset, "init": str(init or p.init), "data_fingerprint": corpus.fingerprint, "truncated": cut, "recipe": asdict(r)}
+    return {"model": model, "data": data, "config": config, "mixing": mixings[r.mixing], "combine": combines[r.combine], **penalties[r.penalty](model, config.steps), "info": info}
+
 def run_row(
     row:str, # E1…E18, S1…S10 or best
     out:str|Path, # the run directory
@@ -207,25 +226,19 @@ def run_row(
     progress:bool=True, # show a progress bar
 ) -> dict: # what result.json holds
     "Train and score one row."
-    r, p = get_recipe(row), get_preset(preset)
+    r = get_recipe(row)
     if atlas and r.mixing != "summed": raise UserError(f"row {row} trains one task a step: an atlas needs a batch of every task (E11, S3, S5, ...)")
     again = dict(corpus=corpus, preset=preset, seed=seed, init=init, epochs=epochs, progress=progress)
     if r.best_of: return best_row(r, Path(out), again)
-    start = pretrained(r, Path(out).parent, corpus, preset, seed, progress) if r.pretrain and not init else Path(init or p.init)
-    model, data = build(BertModel.from_pretrained(start), augmented(corpus) if r.augment else corpus, make_heads(r), p.max_length, seed)
-    if r.freeze: model.bert.requires_grad_(False)
-    sizes = batch_sizes(r, p)
-    examples = r.budget * (p.epochs if epochs is None else epochs) * (p.epoch_examples or sum(len(data["train"][t]) for t in r.trains))
-    config = TrainConfig(count_steps(r, sizes, examples), sizes, r.rate * p.lr, r.weight_decay, r.schedule, seed=seed, evals=p.evals, eval_rows=p.eval_rows)
-    plugs = {"combine": combines[r.combine], **penalties[r.penalty](model, config.steps)}
-    cut = {t: e.truncated(r.pairs, p.max_length) for t, e in data["train"].items()}
-    info = {"row": row, "preset": preset, "init": init or (start.parent.name if r.pretrain else p.init), "data_fingerprint": corpus.fingerprint, "truncated": cut, "recipe": asdict(r)}
-    return train(out, model, data, config, mixings[r.mixing], **(watched(plugs, Path(out), atlas) if atlas else plugs), info=info, resume=resume, progress=progress)
+    start = init or (pretrained(r, Path(out).parent, corpus, preset, seed, progress) if r.pretrain else None)
+    args = compose(row, corpus, preset, seed, start, epochs)
+    if r.pretrain and not init: args["info"]["init"] = start.parent.name
+    return train(out, **(watched(args, Path(out), atlas) if atlas else args), resume=resume, progress=progress)
 
-def watched(plugs:dict, out:Path, every:int) -> dict:
+def watched(args:dict, out:Path, every:int) -> dict:
     "The same arguments of `train`, with a recorder around what combines the gradients."
-    atlas = Atlas(out/"atlas.jsonl", plugs["combine"], every, plugs.get("penalty", no_penalty))
-    return {**plugs, "combine": atlas, "penalty": atlas.penalty, "memory": {**plugs.get("memory", {}), "atlas": atlas}}
+    atlas = Atlas(out/"atlas.jsonl", args["combine"], every, args.get("penalty", no_penalty))
+    return {**args, "combine": atlas, "penalty": atlas.penalty, "memory": {**args.get("memory", {}), "atlas": atlas}}
 
 # %% ../nbs/11_recipes.ipynb #6f882b65
 def pretrained(
@@ -393,6 +406,6 @@ def report_table(
         ours, (title, *theirs) = runs[runs.row == row], reported.get(row, ("our own", None, None, None))
         said = {f"{t} (report)": "" if x is None else f"{x:.3f}" for t, x in zip(main_tasks, theirs)}
         mine = {k: spread(ours[k]) if k in ours else "" for k in (*main_tasks, "overall", "overall_raw")}
-        return {"row": row, "what": title, **said, **mine, "seeds": len(ours), "minutes": f"{ours.minutes.mean():.1f}" if len(ours) else "",
+        return {"row": row, "what": title, **said, **mine, "seeds": len(ours), "minutes": f"{ours.minutes.min():.1f}" if len(ours) else "",
                 "memory, MB": f"{ours.peak_rss_mb.max():.0f}" if len(ours) else ""}
     return pd.DataFrame([line(row) for row in (*reported, *(r for r in recipes if r not in reported))]).set_index("row")

@@ -20,7 +20,7 @@ from scipy.stats import ttest_ind
 
 from .data import Corpus, Rows, UserError, main_tasks, task_colors, tasks
 from .heads import metrics, overall
-from .recipes import kept, minutes, recipes, reported, run_name, spread
+from .recipes import kept, recipes, reported, run_name, spread
 
 # %% ../nbs/13_results.ipynb #030f4015
 def measured(
@@ -156,13 +156,14 @@ def task_table(
 def cost_table(
     table:pd.DataFrame, # from `points`
     runs:list[dict], # from `measured`
+    paces:dict, # row → seconds a step
 ) -> pd.DataFrame: # strings, for showing
     "Both overall scores beside time and memory."
     both = pd.concat([task_table(table, r, ("overall", "overall_raw")) for r in "ES"])
     mine = by_row(runs)
-    took = {row: np.array([minutes(r) for r in m]) for row, m in mine.items()}
-    both["cost", "minutes"] = pd.Series({row: f"{x.mean():.1f}" + (f" ± {x.std(ddof=1):.1f}" if len(x) > 1 else "") for row, x in took.items()}, dtype=object)
     both["cost", "steps"] = pd.Series({row: f"{m[0]['steps']:,}" for row, m in mine.items()}, dtype=object)
+    both["cost", "s a step"] = pd.Series({row: f"{paces[row]:.2f}" for row in mine if row in paces}, dtype=object)
+    both["cost", "minutes"] = pd.Series({row: f"{m[0]['steps'] * paces[row] / 60:.1f}" for row, m in mine.items() if row in paces}, dtype=object)
     both["cost", "peak MB"] = pd.Series({row: f"{max(r['peak_rss_mb'] for r in m):,.0f}" for row, m in mine.items()}, dtype=object)
     return both.fillna("")
 
@@ -197,10 +198,10 @@ def one_legend(fig, **kw):
 # %% ../nbs/13_results.ipynb #992bd54f
 families = {"E": ("#0173b2", "o"), "S": ("#de8f05", "s")}
 
-def costs(runs:list[dict]) -> pd.DataFrame:
-    "Mean minutes, peak memory and overall score of every row that trains and has all three tasks."
-    rows = {row: m for row, m in by_row(runs).items() if not recipes[row].best_of and all("overall" in r["dev"] for r in m)}
-    line = lambda m: {"minutes": np.mean([minutes(r) for r in m]), "GB": max(r["peak_rss_mb"] for r in m) / 1000, "overall": np.mean([r["dev"]["overall"] for r in m]), "seeds": len(m)}
+def costs(runs:list[dict], paces:dict) -> pd.DataFrame:
+    "Minutes, peak memory and mean overall score of every row that trains and has all three tasks."
+    rows = {row: m for row, m in by_row(runs).items() if row in paces and all("overall" in r["dev"] for r in m)}
+    line = lambda m: {"minutes": m[0]["steps"] * paces[m[0]["row"]] / 60, "GB": max(r["peak_rss_mb"] for r in m) / 1000, "overall": np.mean([r["dev"]["overall"] for r in m]), "seeds": len(m)}
     return pd.DataFrame({row: line(m) for row, m in rows.items()}, index=["minutes", "GB", "overall", "seeds"]).T
 
 def place_labels(y:np.ndarray, gap:float) -> np.ndarray:
@@ -239,7 +240,7 @@ def plot_curves(ax, runs:list[dict], rows:tuple[str, ...], score:str="overall"):
             x, y = [c["step"] / r["steps"] for c in r["curve"]], [c[score] for c in r["curve"]]
             ax.plot(x, y, marker="osD^vPX*p"[k], ms=5, lw=1.3, color=_palette[k], label=row, gid="curve")
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    if handles: ax.legend(handles.values(), handles, ncols=2, fontsize=8, loc="lower right")
+    if handles: ax.legend(handles.values(), handles, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(.5, -.2), columnspacing=1., handlelength=1.4)
     else: ax.text(.5, .5, "no curve stored yet", ha="center", va="center", transform=ax.transAxes, color="#666666")
     ax.set(xlabel="share of training", xlim=(0, 1.05))
     return ax
