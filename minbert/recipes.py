@@ -213,6 +213,7 @@ def compose(
     info = {"row": row, "preset": preset, "init": str(init or p.init), "data_fingerprint": corpus.fingerprint, "truncated": cut, "recipe": asdict(r)}
     return {"model": model, "data": data, "config": config, "mixing": mixings[r.mixing], "combine": combines[r.combine], **penalties[r.penalty](model, config.steps), "info": info}
 
+# %% ../nbs/11_recipes.ipynb #476964cb
 def run_row(
     row:str, # E1…E18, S1…S10 or best
     out:str|Path, # the run directory
@@ -235,6 +236,7 @@ def run_row(
     if r.pretrain and not init: args["info"]["init"] = start.parent.name
     return train(out, **(watched(args, Path(out), atlas) if atlas else args), resume=resume, progress=progress)
 
+# %% ../nbs/11_recipes.ipynb #476964cc
 def watched(args:dict, out:Path, every:int) -> dict:
     "The same arguments of `train`, with a recorder around what combines the gradients."
     atlas = Atlas(out/"atlas.jsonl", args["combine"], every, args.get("penalty", no_penalty))
