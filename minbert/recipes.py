@@ -82,11 +82,13 @@ combines = {name: surgery(weigh) for name, weigh in surgeons.items()} | {"sum": 
 def smart_plugs(config, model:MultitaskBert, steps:int, on:tuple=main_tasks) -> dict:
     "SMART's places in `train`: a penalty on some tasks, a teacher that follows every step, and its weights in every saved state."
     smart = Smart(config, model, steps)
-    def penalty(model, task, batch, out): return smart(model, task, batch, out) if task in on else no_penalty(model, task, batch, out)
+    def penalty(model, task, batch, out):
+        "SMART's, or none."
+        return (smart if task in on else no_penalty)(model, task, batch, out)
     return {"penalty": penalty, "after_step": smart.after_step, "memory": {"smart": smart}}
 
-penalties = {"none": lambda model, steps: {}, "SMART, report E, λ=2, on SST and STS": partial(smart_plugs, settings["report E, λ=2"], on=("sst", "sts"))} # → arguments of `train`
-penalties |= {f"SMART, {name}": partial(smart_plugs, c) for name, c in settings.items()}
+penalties = {"none": lambda model, steps: {}, **{f"SMART, {name}": partial(smart_plugs, c) for name, c in settings.items()},
+             "SMART, report E, λ=2, on SST and STS": partial(smart_plugs, settings["report E, λ=2"], on=("sst", "sts"))} # → arguments of `train`
 
 # %% ../nbs/11_recipes.ipynb #16aac9f0
 _sep = Recipe("E3", pairs="separate", features="concat", note="u and v concatenated; BCE for paraphrase, MSE for STS; the report prints E4's figures here")
