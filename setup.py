@@ -22,9 +22,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={
-        "minilm": cfg["minilm_requirements"].split(),
         "cluster": ["dask[distributed]"],
-        "dev": cfg["dev_requirements"].split() + cfg["minilm_requirements"].split(),
+        "dev": cfg["dev_requirements"].split(),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -1,36 +1,48 @@
-"""What the tests share: the program, a small data directory, a small trained run, copies of the checkout, a local web server."""
-import contextlib, csv, os, re, shutil, subprocess, sys, threading
-
-os.environ["OMP_NUM_THREADS"] = "1"      # before torch is imported: runs are equal to the bit only with equal numbers of threads
+"""What the tests share: the program, small data, a trained run, copies, a web server."""
+import contextlib
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1" # before torch is imported: equal bits need equal threads
 
 import pytest
 import torch
 
+from away import away # noqa: F401 (a fixture)
 from minbert.bert import BertModel
 from minbert.cli import main
-from minbert.data import pocket, tasks
+from minbert.data import pocket
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 PROGRAM = Path(sys.executable).with_name("minbert")
 
-torch.set_num_threads(1)      # the models here are tiny
+torch.set_num_threads(1) # the models here are tiny
 
 
 def run(*args, timeout=120, cwd=None, preexec=None, **env):
     "Run a command in a process of its own; an environment variable that is None is unset."
     full = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
     full = {k: v for k, v in full.items() if v is not None}
-    return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=full, preexec_fn=preexec,
-                          stdin=subprocess.DEVNULL)
+    return subprocess.run([str(a) for a in args], capture_output=True, encoding="utf-8",
+                          errors="replace", timeout=timeout, cwd=cwd, env=full,
+                          preexec_fn=preexec, stdin=subprocess.DEVNULL)
+
+
+progress = re.compile(r"\s*(training|evaluating|predicting|sweep): +\d|\s*\d+%\|| *[\d.]+k?B? \[")
 
 
 def plain(err):
     "The lines of a standard error output, without progress bars and the demo's first line."
     lines = [x for x in re.split(r"[\r\n]+", err) if x.strip()]
-    return [x for x in lines if not re.match(r"\s*(training|evaluating|predicting|sweep): +\d|\s*\d+%\|| *[\d.]+k?B? \[|data: ", x)]
+    return [x for x in lines if not progress.match(x) and not x.startswith("data: ")]
 
 
 def is_one_line(err, words):
@@ -50,49 +62,64 @@ def fails(capsys):
     return check
 
 
+def cells_of(rows):
+    "The label column as the handout writes it."
+    task = rows.task
+    if task.kind == "score":
+        return [f"{x:g}" for x in rows.labels]
+    return [task.labels[int(x)] for x in rows.labels]
+
+
 def write_rows(path, rows):
-    "Write rows as a file of the handout: tabs, an unnamed first column, in test files one more called 0."
-    t = rows.task
+    "A file of the handout: tabs, an unnamed first column, in test files one more called 0."
+    task = rows.task
     extra = ["0", ""] if rows.labels is None else [""]
+    columns = [("id", rows.ids), *zip(task.text, zip(*rows.texts))]
+    if rows.labels is not None:
+        columns.append((task.label, cells_of(rows)))
     with open(path, "w", newline="", encoding="utf-8") as f:
         w = csv.writer(f, delimiter="\t", lineterminator="\n")
-        w.writerow([*extra, "id", *t.texts, *([] if rows.labels is None else [t.label])])
-        for k, (i, texts) in enumerate(zip(rows.ids, rows.texts)):
-            w.writerow([*[k] * len(extra), i, *texts, *([] if rows.labels is None else [f"{rows.labels[k]:g}"])])
+        w.writerow([*extra, *(name for name, _ in columns)])
+        for k, row in enumerate(zip(*(cells for _, cells in columns))):
+            w.writerow([*[k] * len(extra), *row])
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     "The pocket corpus as the handout's files."
     folder = tmp_path_factory.mktemp("data")
-    for name, splits in pocket().items():
-        for split, rows in splits.items(): write_rows(folder/f"{tasks[name].stem}-{'test-student' if split == 'test' else split}.csv", rows)
+    for splits in pocket().values():
+        for split, rows in splits.items():
+            write_rows(folder / getattr(rows.task, split), rows)
     return folder
 
 
 @pytest.fixture
 def my_data(data_dir, tmp_path):
     "A copy of the data directory that a test may break."
-    return shutil.copytree(data_dir, tmp_path/"data")
+    return shutil.copytree(data_dir, tmp_path / "data")
 
 
 @pytest.fixture(scope="session")
 def pocket_dir(tmp_path_factory):
     "The pocket BERT as a directory."
-    return BertModel.from_pretrained("pocket").save_pretrained(tmp_path_factory.mktemp("weights")/"pocket")
+    folder = tmp_path_factory.mktemp("weights") / "pocket"
+    BertModel.from_pretrained("pocket").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
 def my_weights(pocket_dir, tmp_path):
     "A copy of it that a test may break."
-    return shutil.copytree(pocket_dir, tmp_path/"weights")
+    return shutil.copytree(pocket_dir, tmp_path / "weights")
 
 
 @pytest.fixture(scope="session")
 def run_dir(data_dir, tmp_path_factory):
     "A finished run, a few steps long."
-    out = tmp_path_factory.mktemp("runs")/"E9"
-    assert main(["run", "E9", "--preset", "pocket", "--data", str(data_dir), "--out", str(out), "--epochs", ".1"]) == 0
+    out = tmp_path_factory.mktemp("runs") / "E9"
+    assert main(["run", "E9", "--preset", "pocket", "--data", str(data_dir), "--out", str(out),
+                 "--epochs", ".1"]) == 0
     return out
 
 
@@ -101,13 +128,17 @@ def leftovers(folder):
     return [str(p) for p in Path(folder).rglob(".*")] if Path(folder).exists() else []
 
 
+made = (".git", ".hypothesis", ".venv", "venv", "__pycache__", "*.egg-info", "_proc", "_docs",
+        ".quarto", "data", "runs", "nbdev.yml", "sidebar.yml", ".ipynb_checkpoints",
+        ".pytest_cache", "build", "dist")
+
+
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
     "A function that copies the checkout's own files, without outputs, data or git."
     def copy(name="checkout"):
-        skip = shutil.ignore_patterns(".git", ".hypothesis", ".venv", "venv", "__pycache__", "*.egg-info", "_proc", "_docs", ".quarto", "data", "runs", "nbdev.yml",
-                                      "sidebar.yml", ".ipynb_checkpoints", ".pytest_cache", "build", "dist")
-        return shutil.copytree(ROOT, tmp_path_factory.mktemp(name)/"minbert", symlinks=True, ignore=skip)
+        place = tmp_path_factory.mktemp(name) / "minbert"
+        return shutil.copytree(ROOT, place, symlinks=True, ignore=shutil.ignore_patterns(*made))
     return copy
 
 
@@ -115,8 +146,12 @@ def checkout(tmp_path_factory):
 def serving(handler):
     "A web server on this machine; gives its address."
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": .05}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": .05},
+                              daemon=True)
     thread.start()
-    try: yield f"http://127.0.0.1:{server.server_address[1]}/"
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
     finally:
-        server.shutdown(); server.server_close(); thread.join(5)
+        server.shutdown()
+        server.server_close()
+        thread.join(5)

@@ -1,5 +1,7 @@
-"""Downloads, tried against a web server on this machine that also serves damaged, cut and missing files."""
-import hashlib, socket
+"""Downloads, tried against a server here that also serves damaged, cut and missing files."""
+import hashlib
+import re
+import socket
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -7,32 +9,42 @@ import pytest
 import minbert.data as data
 from conftest import is_one_line, serving
 from minbert.cli import main
-from minbert.data import UserError, digest, fetch, load_tasks
+from minbert.core import UserError
+from minbert.data import load_tasks
+from minbert.files import digest, fetch
 
 
 @pytest.fixture
 def site(data_dir):
-    "The data directory on the web: `site.how[name]` says how a file is served, `site.asked` what was asked for."
+    "The data directory on the web: `how[name]` says how a file is served, `asked` what was asked."
     class Handler(BaseHTTPRequestHandler):
         how, asked = {}, []
 
         def do_GET(self):
             name = self.path.rsplit("/", 1)[-1]
             Handler.asked.append(name)
-            how, path = Handler.how.get(name, "whole"), data_dir/name
-            if how == "refused": self.connection.shutdown(socket.SHUT_RDWR); return
-            if how == "error": self.send_error(500); return
-            if not path.is_file(): self.send_error(404); return
+            how, path = Handler.how.get(name, "whole"), data_dir / name
+            if how == "refused":
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            if how == "error" or not path.is_file():
+                return self.send_error(500 if how == "error" else 404)
             body = path.read_bytes()
             length = len(body)
-            if how == "truncated": length = len(body := body[:length // 2])
-            if how == "cut off": body = body[:length // 2]            # promises more than it sends, then hangs up
-            if how == "flipped": body = body[:100] + bytes([body[100] ^ 1]) + body[101:]
-            self.send_response(200); self.send_header("Content-Length", str(length)); self.end_headers()
+            if how == "truncated":
+                body = body[:length // 2]
+                length = len(body)
+            if how == "cut off": # promises more than it sends, then hangs up
+                body = body[:length // 2]
+            if how == "flipped":
+                body = body[:100] + bytes([body[100] ^ 1]) + body[101:]
+            self.send_response(200)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
             self.wfile.write(body)
             self.close_connection = True
 
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            "Say nothing."
 
     with serving(Handler) as url:
         Handler.url = url
@@ -42,24 +54,31 @@ def site(data_dir):
 @pytest.fixture
 def pins(data_dir):
     "The registry of the small files: SHA-256 for most, git's blob id for the paraphrase ones."
-    kind = lambda p: "blob" if p.name.startswith("quora") else "sha256"
-    return {p.name: f"{kind(p)}:{digest(p.read_bytes(), kind(p))}" for p in sorted(data_dir.glob("*.csv"))}
+    found = {}
+    for p in sorted(data_dir.glob("*.csv")):
+        kind = "blob" if p.name.startswith("quora") else "sha256"
+        found[p.name] = f"{kind}:{digest(p.read_bytes(), kind)}"
+    return found
 
 
-def files(folder): return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder.exists() else {}
+def files(folder):
+    "Name → content of every file below a folder."
+    if not folder.exists():
+        return {}
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_whole_files_arrive_once(site, pins, data_dir, tmp_path):
-    paths = fetch(tmp_path/"new"/"data", site.url, pins, progress=False)
+    paths = fetch(tmp_path / "new" / "data", site.url, pins, progress=False)
     assert [p.name for p in paths] == list(pins) == site.asked
     assert files(tmp_path) == files(data_dir)
-    fetch(tmp_path/"new"/"data", site.url, pins, progress=False)
+    fetch(tmp_path / "new" / "data", site.url, pins, progress=False)
     assert len(site.asked) == len(pins), "a second call fetches nothing"
 
 
 def test_a_damaged_file_on_disk_is_fetched_again(site, pins, data_dir, tmp_path):
     fetch(tmp_path, site.url, pins, progress=False)
-    (tmp_path/"sts-dev.csv").write_text("id\n")
+    (tmp_path / "sts-dev.csv").write_text("id\n")
     fetch(tmp_path, site.url, pins, progress=False)
     assert site.asked[len(pins):] == ["sts-dev.csv"] and files(tmp_path) == files(data_dir)
 
@@ -68,31 +87,40 @@ def test_a_damaged_file_on_disk_is_fetched_again(site, pins, data_dir, tmp_path)
 @pytest.mark.parametrize("how", ["truncated", "flipped", "cut off", "refused", "error"])
 def test_what_is_damaged_is_refused(how, name, site, pins, tmp_path):
     site.how[name] = how
-    with pytest.raises(UserError) as e: fetch(tmp_path/"data", site.url, {name: pins[name]}, progress=False)
-    assert name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 400
-    assert ("damaged" if how in ("truncated", "flipped") else "damaged|cannot download") and not files(tmp_path)
+    with pytest.raises(UserError) as e:
+        fetch(tmp_path / "data", site.url, {name: pins[name]}, progress=False)
+    said = str(e.value)
+    assert name in said and "\n" not in said and len(said) < 400
+    wanted = {"truncated": "damaged", "flipped": "damaged", "cut off": "damaged|cannot download"}
+    assert re.search(wanted.get(how, "cannot download"), said), said
+    assert not files(tmp_path)
     del site.how[name]
-    fetch(tmp_path/"data", site.url, {name: pins[name]}, progress=False)
+    fetch(tmp_path / "data", site.url, {name: pins[name]}, progress=False)
     assert list(files(tmp_path)) == [name], "and the next try works"
 
 
 def test_a_damaged_download_leaves_the_older_file_alone(site, pins, tmp_path):
-    (tmp_path/"sts-dev.csv").write_text("an older file\n")
+    (tmp_path / "sts-dev.csv").write_text("an older file\n")
     site.how["sts-dev.csv"] = "flipped"
-    with pytest.raises(UserError): fetch(tmp_path, site.url, {"sts-dev.csv": pins["sts-dev.csv"]}, progress=False)
+    with pytest.raises(UserError):
+        fetch(tmp_path, site.url, {"sts-dev.csv": pins["sts-dev.csv"]}, progress=False)
     assert files(tmp_path) == {"sts-dev.csv": b"an older file\n"}
 
 
 def test_no_server_and_no_such_file(site, pins, tmp_path):
-    with pytest.raises(UserError, match="cannot download"): fetch(tmp_path, site.url, {"other.csv": pins["sts-dev.csv"]}, progress=False)
-    with pytest.raises(UserError, match="cannot download"): fetch(tmp_path, "http://127.0.0.1:9/", {"sts-dev.csv": pins["sts-dev.csv"]}, progress=False)
+    pin = pins["sts-dev.csv"]
+    with pytest.raises(UserError, match="cannot download"):
+        fetch(tmp_path, site.url, {"other.csv": pin}, progress=False)
+    with pytest.raises(UserError, match="cannot download"):
+        fetch(tmp_path, "http://127.0.0.1:9/", {"sts-dev.csv": pin}, progress=False)
     assert not files(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(site, pins, tmp_path):
-    (tmp_path/"file").write_text("mine")
-    with pytest.raises(UserError) as e: fetch(tmp_path/"file", site.url, pins, progress=False)
-    assert "cannot" in str(e.value) and files(tmp_path) == {"file": b"mine"}
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot make"):
+        fetch(tmp_path / "file", site.url, pins, progress=False)
+    assert files(tmp_path) == {"file": b"mine"}
 
 
 def test_progress_is_shown(site, pins, tmp_path, capsys):
@@ -101,33 +129,35 @@ def test_progress_is_shown(site, pins, tmp_path, capsys):
 
 
 def test_blob_pins_are_gits_object_ids(data_dir, pins):
-    body = (data_dir/"quora-dev.csv").read_bytes()
-    assert pins["quora-dev.csv"] == "blob:" + hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-    assert digest(b"", "blob") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"      # git's well-known empty blob
+    body = (data_dir / "quora-dev.csv").read_bytes()
+    own = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+    assert pins["quora-dev.csv"] == f"blob:{own}"
+    assert digest(b"", "blob") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391" # git's empty blob
 
 
 @pytest.fixture
 def bare(monkeypatch, tmp_path, site, pins):
     "A machine without data, whose published address is the local server."
     monkeypatch.delenv("MINBERT_DATA", raising=False)
-    monkeypatch.setattr(data, "_checkout", lambda: [])
-    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path/"cache")
+    monkeypatch.setattr(data, "checkouts", lambda: [])
+    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(data, "registry", pins)
-    monkeypatch.setattr(data, "fetch", lambda folder, files: fetch(folder, site.url, files, progress=False))
-    return tmp_path/"cache"
+    monkeypatch.setattr(data, "published", site.url)
+    return tmp_path / "cache"
 
 
 def test_a_machine_without_data_downloads_them_once(bare, site, capsys):
     corpus = load_tasks()
-    assert corpus.name == "handout" and len(corpus["sts"]["dev"]) == 120 and len(site.asked) == 9
+    assert corpus.name == "handout" and len(corpus["sts"]["dev"]) == 120
+    assert len(site.asked) == 9
     assert load_tasks().fingerprint == corpus.fingerprint and len(site.asked) == 9
     assert main(["data"]) == 0 and corpus.fingerprint in capsys.readouterr().out
 
 
-def test_the_pocket_corpus_never_slips_in(bare, site, tmp_path, capsys):
+def test_the_pocket_corpus_never_slips_in(bare, site, tmp_path, capsys, caplog):
     site.how["ids-sst-dev.csv"] = "flipped"
-    assert main(["run", "S1", "--preset", "pocket", "--out", str(tmp_path/"run")]) == 1
+    assert main(["run", "S1", "--preset", "pocket", "--out", str(tmp_path / "run")]) == 1
     is_one_line(capsys.readouterr().err, "ids-sst-dev.csv: the download is damaged")
-    assert not (tmp_path/"run").exists() and "ids-sst-dev.csv" not in files(bare)
+    assert not (tmp_path / "run").exists() and "ids-sst-dev.csv" not in files(bare)
     assert load_tasks(fallback="pocket").name == "pocket"
-    assert "pocket corpus" in capsys.readouterr().out
+    assert "pocket corpus" in capsys.readouterr().err + caplog.text

@@ -1,34 +1,47 @@
-"""Sweeps: stopped and started again, two at once, and handed to the workers of a cluster."""
-import json, os, signal, subprocess, time
+"""Sweeps: stopped and started again, two at once, from any folder, on a cluster."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from conftest import PROGRAM, run
-from minbert.recipes import kept, sweep
+from minbert.runs import kept, sweep
 
-SWEEP = ["sweep", "--rows", "E1,S1", "--preset", "pocket", "--data", "pocket"]
+SWEEP = ["sweep", "--rows", "E1,S1", "--preset", "pocket", "--data", "pocket", "--out", "runs",
+         "--results", "results"]
 
 
 def start(*args, cwd):
     "A sweep in the background, in a group of its own."
-    return subprocess.Popen([PROGRAM, *SWEEP, *args], cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([PROGRAM, *SWEEP, *args], cwd=cwd, stdin=subprocess.DEVNULL, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def rows(results):
+    "The rows that are kept."
+    return sorted(r["row"] for r in kept(results))
 
 
 def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path):
     first = start("--workers", "1", cwd=tmp_path)
-    results, state = tmp_path/"nbs/results", tmp_path/"runs/S1-pocket-s0/metrics.jsonl"
+    results, metrics = tmp_path / "results", tmp_path / "runs/S1-pocket-s0/metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (state.exists() and state.stat().st_size > 2000):                       # in the middle of the second run
+    while not (metrics.exists() and metrics.stat().st_size > 2000): # in the second run
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(.02)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    assert [r["row"] for r in kept(results)] == ["E1"]
-    before = (results/"E1-pocket-s0.json").read_bytes()
+    assert rows(results) == ["E1"]
+    before = (results / "E1-pocket-s0.json").read_bytes()
     got = run(PROGRAM, *SWEEP, "--workers", "1", cwd=tmp_path)
     assert got.returncode == 0, got.stderr
     assert sorted(x.split(":")[0] for x in got.stdout.splitlines()) == ["S1 seed 0"]
-    assert sorted(r["row"] for r in kept(results)) == ["E1", "S1"] and (results/"E1-pocket-s0.json").read_bytes() == before
+    assert rows(results) == ["E1", "S1"]
+    assert (results / "E1-pocket-s0.json").read_bytes() == before
     again = run(PROGRAM, *SWEEP, cwd=tmp_path)
     assert (again.returncode, again.stdout) == (0, "")
 
@@ -40,22 +53,59 @@ def test_two_sweeps_at_once_do_not_collide(tmp_path):
         others = [x for x in out.splitlines() if "another process is working on this run" in x]
         assert p.returncode == (1 if others else 0), (out, err)
         assert all("another process" in x or "sst" in x for x in out.splitlines()), out
-    assert sorted(r["row"] for r in kept(tmp_path/"nbs/results")) == ["E1", "S1"]
-    logs = [[json.loads(x)["step"] for x in open(p) if "loss_sst" in x] for p in (tmp_path/"runs").glob("*/metrics.jsonl")]
-    assert all(steps == sorted(set(steps)) for steps in logs)                         # no step was trained by two
+    assert rows(tmp_path / "results") == ["E1", "S1"]
+    for path in (tmp_path / "runs").glob("*/metrics.jsonl"): # no step was trained by two
+        steps = [json.loads(x)["step"] for x in open(path) if "loss_sst" in x]
+        assert steps == sorted(set(steps))
+
+
+def test_rows_named_twice_and_a_folder_with_a_file_called_queue(tmp_path):
+    "Workers do not import from the folder that a sweep is started in."
+    for name in ("queue.py", "json.py", "torch.py"):
+        (tmp_path / name).write_text("raise SystemExit('a file of mine')")
+    (tmp_path / "runs/S1-pocket-s0").mkdir(parents=True)
+    (tmp_path / "runs/S1-pocket-s0/.config.json.x1y2z3").write_text("{") # left by a kill
+    args = [x if x != "E1,S1" else "S1,S1" for x in SWEEP]
+    got = run(PROGRAM, *args, "--seeds", "0,0", cwd=tmp_path)
+    assert got.returncode == 0, (got.stdout, got.stderr)
+    assert [x.split(":")[0] for x in got.stdout.splitlines()] == ["S1 seed 0"]
+    assert rows(tmp_path / "results") == ["S1"]
+
+
+def arguments(row, seed, run_dir):
+    "The command of one run."
+    return [PROGRAM, "run", row, "--seed", seed, "--preset", "pocket", "--data", "pocket",
+            "--limit", "40", "--out", run_dir, "--resume"]
 
 
 def test_two_workers_of_a_cluster(tmp_path):
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        ended = list(sweep(["E1", "S2"], [0], "pocket", "pocket", tmp_path/"runs", tmp_path/"results", cluster=cluster.scheduler_address))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1,
+                                  dashboard_address=None) as cluster:
+        ended = list(sweep([("E1", 0), ("S2", 0)], arguments, tmp_path / "results",
+                           tmp_path / "runs", 2, cluster.scheduler_address, "pocket"))
     assert sorted((row, error) for row, _, _, error in ended) == [("E1", ""), ("S2", "")]
-    assert sorted(r["row"] for r in kept(tmp_path/"results")) == ["E1", "S2"]
+    assert rows(tmp_path / "results") == ["E1", "S2"]
 
 
-def test_a_scheduler_that_is_not_there(fails, tmp_path):
-    pytest.importorskip("distributed")
-    fails(r"no Dask scheduler answers", *SWEEP, "--cluster", "tcp://127.0.0.1:9", "--results", tmp_path)
-    fails(r"seeds is 'a'", "sweep", "--seeds", "a")
+def test_what_a_sweep_cannot_do(fails, tmp_path):
+    here = [*SWEEP[:-4], "--out", tmp_path / "runs", "--results", tmp_path / "results"]
+    fails(r"seeds is 'a'", *here, "--seeds", "a")
     fails(r"unknown row 'E99'", "sweep", "--rows", "E99", "--data", "pocket")
+    fails(r"workers is 0", *here, "--workers", "0")
     fails(r"format is 'pdf'", "table", "--format", "pdf")
+    pytest.importorskip("distributed")
+    fails(r"no Dask scheduler answers", *here, "--cluster", "tcp://127.0.0.1:9")
+
+
+def test_runs_on_other_data_are_not_put_together(fails, tmp_path, data_dir):
+    (tmp_path / "E1-pocket-s0.json").write_text(json.dumps(
+        {"row": "E1", "seed": 0, "preset": "pocket", "data_fingerprint": "other", "dev": {}}))
+    here = ["--out", tmp_path / "runs", "--results", tmp_path]
+    fails(r"holds runs on other data", *SWEEP[:-4], *here)
+
+
+def test_help_imports_no_torch():
+    code = ("import sys; from minbert.cli import main; main(['--help']);"
+            "sys.exit('torch' in sys.modules)")
+    assert run(sys.executable, "-c", code).returncode == 0

@@ -1,0 +1,113 @@
+"""Rules that hold themselves: who may import what, what a chapter may weigh, and that outputs are fresh."""
+import ast, json, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from conftest import NOTEBOOKS, ROOT
+
+ORDER = ("core files checkpoints stats data attention bert optim heads mixing train pcgrad conflicts smart mlm electra fast runs "
+         "recipes results bench check cli").split()
+ALONE = ("attention", "optim", "mixing", "pcgrad", "smart")      # to be lifted out: they import core at most
+NAMES_TASKS = ("data", "recipes", "results")                     # all others work on any tasks
+
+
+def sources(path):
+    return [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+def module(path):
+    return next((m[1] for _, s in sources(path) if (m := re.search(r"^#\|\s*default_exp\s+(\w+)", s, re.M))), None)
+
+
+def exported(path):
+    return [s for kind, s in sources(path) if kind == "code" and re.search(r"^#\|\s*exports?\s*$", s, re.M)]
+
+
+MODULES = {m: p for p in NOTEBOOKS if (m := module(p))}
+
+
+def test_every_module_has_its_place():
+    assert set(MODULES) <= set(ORDER), set(MODULES) - set(ORDER)
+    made = {p.stem for p in (ROOT/"minbert").glob("*.py")} - {"__init__", "_modidx"}
+    assert made == set(MODULES), made ^ set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_import_against_the_order(name):
+    "Strings count, too: a child process that imports what stands later is an import against the order."
+    most = ORDER[:ORDER.index("core") + 1] if name in ALONE else ORDER[:ORDER.index(name)]
+    for cell in exported(MODULES[name]):
+        found = re.findall(r"(?:from|import)\s+minbert\.(\w+)", cell) + re.findall(r"from\s+minbert\s+import\s+(\w+)", cell)
+        later = [m for m in found if m != name and m not in most]
+        assert not later, f"{name} imports {later[0]}:\n{cell[:300]}"
+
+
+def strings(tree):
+    "String constants that are no docstrings."
+    docs = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)) and n.body and isinstance(n.body[0], ast.Expr)}
+    return [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs]
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if m not in NAMES_TASKS])
+def test_no_task_is_wired_in(name):
+    for cell in exported(MODULES[name]):
+        wired = [s for s in strings(ast.parse(cell)) if re.search(r"\b(sst|para|sts)\b", s)]
+        assert not wired, f"{name} names a task: {wired[0]!r}"
+
+
+def test_the_records_of_the_tasks_stand_in_one_cell():
+    cells = [c for c in exported(MODULES["data"]) if any(re.fullmatch("sst|para|sts", s) for s in strings(ast.parse(c)))]
+    named = [c for c in cells if not re.search(r"def _?pocket", c)]                   # the pocket corpus is data, too
+    assert len(named) <= 2, "\n---\n".join(named)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_chapter_is_readable(path):
+    cells = sources(path)
+    if path.name[0].isdigit(): assert len(cells) <= 60, len(cells)
+    wide = [x for kind, s in cells if kind == "code" for x in s.splitlines() if len(x) > 100 and not x.lstrip().startswith("#|")]
+    assert not wide, wide[0]
+    assert not [s for kind, s in cells if kind == "code" and re.search(r"from\s+\S+\s+import\s+\*", s)]
+
+
+def is_patch(node):
+    "Whether a function is a method that is taught after its class (fastcore's `@patch`)."
+    return any("patch" in ast.unparse(d) for d in node.decorator_list)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names(name):
+    tops = [n for c in exported(MODULES[name]) for n in ast.parse(c).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    own = [n.name for n in tops if not is_patch(n)]
+    assert len(own) <= 15, own
+    assert not [n.name for n in tops if not ast.get_docstring(n)]
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if m != "cli"])      # a command's options are its parameters
+def test_no_function_takes_more_than_seven_parameters(name):
+    functions = [n for c in exported(MODULES[name]) for n in ast.walk(ast.parse(c)) if isinstance(n, ast.FunctionDef) and n.name != "__init__"]
+    many = [n.name for n in functions if sum(a.arg != "self" for a in n.args.args + n.args.kwonlyargs) > 7]
+    assert not many, many
+
+
+def test_no_printing_in_the_library():
+    for name, path in MODULES.items():
+        if name == "cli": continue
+        calls = [n for c in exported(path) for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert not calls, name
+
+
+def test_ruff():
+    ruff = Path(sys.executable).with_name("ruff")
+    if not ruff.exists(): pytest.skip("ruff is not installed")
+    got = subprocess.run([ruff, "check", "--no-cache", "nbs"], cwd=ROOT, capture_output=True, text=True)
+    assert got.returncode == 0, got.stdout[-3000:]
+
+
+def test_outputs_are_fresh():
+    "Each notebook was executed with the code and the stored results that it has now; `python .ci/execute.py` mends it."
+    sys.path.insert(0, str(ROOT/".ci"))
+    try: import execute
+    finally: sys.path.pop(0)
+    assert not execute.stale(), "\n".join(f"{n}: {w}" for n, w in execute.stale().items())

@@ -1,0 +1,65 @@
+"""The site's settings: every key and type is one that Quarto 1.7.34 knows (it stops at `favicon: false`, which the stand-in renderer does not notice)."""
+import configparser
+
+import yaml
+
+from conftest import NOTEBOOKS, ROOT
+
+TEXT, YES, NUMBER = str, bool, (int, float)
+THEME = {"light": (str, list), "dark": (str, list)}
+KNOWN = {
+    "project": {"type": TEXT, "render": [TEXT], "resources": [TEXT]},
+    "execute": {"enabled": YES},
+    "format": {"html": {"theme": THEME, "toc": YES, "toc-depth": int, "code-copy": YES, "code-overflow": TEXT, "code-fold": YES, "css": TEXT,
+                        "html-math-method": TEXT, "lightbox": YES, "grid": {"sidebar-width": TEXT, "body-width": TEXT, "margin-width": TEXT}}},
+    "website": {"favicon": TEXT, "page-navigation": YES, "back-to-top-navigation": YES, "search": YES, "open-graph": YES, "twitter-card": YES,
+                "repo-actions": [TEXT], "navbar": {"title": TEXT, "search": YES, "right": [dict], "left": [dict]}, "page-footer": (str, dict),
+                "sidebar": {"style": TEXT, "contents": [(str, dict)]}},
+    "bibliography": TEXT,
+    "metadata-files": [TEXT]}
+
+
+def strange(value, known, path=""):
+    "Keys that are not known, and values of another type."
+    if isinstance(known, dict):
+        if not isinstance(value, dict): return [f"{path}: {value!r} is no mapping"]
+        return [x for k, v in value.items() for x in (strange(v, known[k], f"{path}.{k}") if k in known else [f"{path}.{k}: an unknown key"])]
+    if isinstance(known, list):
+        if not isinstance(value, list): return [f"{path}: {value!r} is no list"]
+        return [x for i, v in enumerate(value) for x in strange(v, known[0], f"{path}[{i}]")]
+    right = isinstance(value, known) and not (isinstance(value, bool) and known is not bool)
+    return [] if right else [f"{path}: {value!r} is of another type"]
+
+
+def load(name): return yaml.safe_load((ROOT/name).read_text(encoding="utf-8"))
+
+
+def test_quarto_knows_every_key():
+    for name in ("_quarto.yml", "nbs/sidebar.yml"): assert strange(load(name), KNOWN) == [], name
+
+
+def test_what_stopped_the_build_is_noticed():
+    assert strange({"website": {"favicon": False}}, KNOWN) == [".website.favicon: False is of another type"]
+    assert strange({"website": {"favikon": "a.svg"}, "toc": True}, KNOWN) == [".website.favikon: an unknown key", ".toc: an unknown key"]
+
+
+def test_files_that_the_settings_name_are_there():
+    site = load("_quarto.yml")
+    assert (ROOT/"nbs"/site["website"]["favicon"]).is_file()
+    assert (ROOT/"nbs/_quarto.yml").is_symlink() and (ROOT/"nbs/_quarto.yml").resolve() == ROOT/"_quarto.yml"
+    assert site["metadata-files"] == ["nbdev.yml", "sidebar.yml"] and site["execute"] == {"enabled": False}
+    assert "output-dir" not in site["project"]
+
+
+def test_the_sidebar_names_every_notebook_once():
+    named = []
+    for entry in load("nbs/sidebar.yml")["website"]["sidebar"]["contents"]: named += [entry] if isinstance(entry, str) else entry["contents"]
+    assert sorted(named) == sorted(p.name for p in NOTEBOOKS)
+
+
+def test_settings_leave_the_sidebar_and_the_readme_alone():
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT/"settings.ini")
+    assert cfg["DEFAULT"]["custom_sidebar"] == "True" and "custom_quarto_yml" not in cfg["DEFAULT"]
+    from nbdev.quarto import _doc_mtime_not_older                                     # what nbdev_docs asks before it writes
+    assert _doc_mtime_not_older(ROOT/"README.md", ROOT/"nbs"/cfg["DEFAULT"]["readme_nb"])
