@@ -383,22 +383,21 @@ def evidence(
                     lines.append({**about, **weigh_evidence(stored, *pair, k)})
     return pd.DataFrame(lines)
 
-# %% ../nbs/A6b_results.ipynb #c10882da
+# %% ../nbs/A6b_results.ipynb #1b4a9576
 def claim_verdict(
     comparisons:pd.DataFrame, # a claim's lines of `evidence`
-) -> str: # supported, not supported, mixed, or open with the reason
+) -> str: # supported, not supported, something in between, or open with the reason
     "What a claim's comparisons say together."
     clean = comparisons[comparisons.whose == "clean"]
-    answers = [_answer(e) for e in clean.itertuples()]
+    answers = {_answer(e) for e in clean.itertuples()}
     if clean.kind.iloc[0] == "not always":
-        some = False in answers
-        return "supported" if some else "open" if None in answers else "not supported"
-    if len(set(answers)) == 1 and None not in answers:
-        return "supported" if answers[0] else "not supported"
-    if {True, False} <= set(answers):
-        return "mixed"
-    missing = sorted({v for v in clean.verdict if v.startswith("open:")})
-    return missing[0] if missing else "open"
+        return "supported" if False in answers else "open" if None in answers else "not supported"
+    if answers == {None}:
+        missing = sorted({v for v in clean.verdict if v.startswith("open:")})
+        return missing[0] if missing else "open"
+    words = {"supported": {True}, "not supported": {False}, "at least in part": {True, None},
+             "at most in part": {False, None}}
+    return next((word for word, x in words.items() if x == answers), "in part")
 
 def _answer(e):
     "Whether a comparison shows what its claim says; None where it is open."
@@ -457,7 +456,7 @@ def verdict_words(
     small = ", below the margin" if abs(line.ours) < margin else ""
     return f"{line.verdict} by {abs(line.ours):.3f}{small}"
 
-# %% ../nbs/A6b_results.ipynb #f4004583
+# %% ../nbs/A6b_results.ipynb #665d5b9b
 def plot_forest(
     lines:pd.DataFrame, # from `headline`
     ax=None, # where to draw; default: a figure of its own
@@ -480,7 +479,7 @@ def plot_forest(
         ax.annotate(verdict_words(e), (1.02, y), xycoords=("axes fraction", "data"),
                     va="center", fontsize=9, color=color)
     ax.set_xscale("symlog", linthresh=.02, linscale=1.4)
-    ticks = (-.1, -.05, -.02, -.01, 0, .01, .02, .05, .1, .2, .5)
+    ticks = (-.1, -.05, -.01, 0, .01, .05, .1, .2, .5)
     low, high = np.nanmin([lines.low, lines.report]), np.nanmax([lines.high, lines.report])
     shown = [x for x in ticks if 1.3 * low <= x <= 1.2 * high]
     ax.set_xticks(shown, [f"{x:+g}".replace("0.", ".") if x else "0" for x in shown])

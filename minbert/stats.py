@@ -110,7 +110,7 @@ class Noise:
         low, high = chi2.ppf([.975, .025], self.df)
         return (self.variance * self.df / low)**.5, (self.variance * self.df / high)**.5
 
-# %% ../nbs/A4_stats.ipynb #74dd1ba4
+# %% ../nbs/A4_stats.ipynb #7d709940
 @dataclass(frozen=True)
 class Difference:
     "A weighted sum of scores, and all that makes it uncertain."
@@ -154,11 +154,12 @@ class Difference:
 
     def power(self, margin, seeds):
         "Probability of a verdict with so many seeds per row, if the difference is as seen."
-        sd, half = self.variance(seeds)**.5, self.half(seeds)
-        inner = max(0., margin - half) # below it the interval lies inside the margin
-        open_ = [norm.cdf([low, high], self.value, sd) for low, high in
-                 ((-half, -inner), (inner, half))] if inner < half else []
-        return 1 - sum(high - low for low, high in open_)
+        half = self.half(seeds)
+        inner = max(0., margin - half) # closer to 0 the interval lies inside the margin
+        if inner >= half:
+            return 1.
+        below = norm(self.value, self.variance(seeds)**.5).cdf
+        return 1 - (below(half) - below(inner)) - (below(-inner) - below(-half))
 
     def seeds_needed(self, margin, power=.8, most=100):
         "Fewest seeds per row that reach the power; None if that many do not."
