@@ -345,7 +345,7 @@ def command_table(
                         "'minbert sweep'")
     print(forms[format](report_table(results or results_dir(), preset)))
 
-# %% ../nbs/A9_cli.ipynb #7f85f244
+# %% ../nbs/A9_cli.ipynb #55baa6fb
 def _two_rows(claim):
     "The larger row and the smaller row of a claim."
     import re
@@ -373,9 +373,11 @@ def _weigh(claim, score, results, preset):
     stored = collect(results or None, preset)
     e = weigh_evidence(stored, row, against, score)
     for name, n in zip((row, against), e["seeds"]):
-        if not n:
-            raise UserError(f"{name} has no stored {preset} run with {score_names[score]} scores; "
-                            f"'minbert sweep {name}' makes one")
+        if n:
+            continue
+        if any(r["row"] == name for r in stored.runs):
+            raise UserError(f"{name} has no {score_names[score]} score: it is not one of its tasks")
+        raise UserError(f"{name} has no stored {preset} run; 'minbert sweep {name}' makes one")
     if e["difference"] is None:
         raise UserError("no row has two seeds here, so nothing says what another seed changes")
     return {"claim": claim, "holds": _holds[e["verdict"]], "score": score_names[score],
@@ -385,7 +387,7 @@ def _weigh(claim, score, results, preset):
             "differs_in": e["changed"], "made_with": e["made"],
             "independent": list(stored.unknown)}
 
-# %% ../nbs/A9_cli.ipynb #bf2c34f1
+# %% ../nbs/A9_cli.ipynb #cae947b8
 @command
 def command_claim(
     claim:str, # two rows with > or < between, in quotation marks: "E9 > E7"
@@ -415,7 +417,7 @@ def _claim_lines(got):
     yield f"differs in: {', '.join(got['differs_in'])}"
     yield f"seeds for a verdict with 80 % power, if the truth is this difference: {more}"
     if got["made_with"]:
-        yield f"note: the runs were made with {got['made_with']}"
+        yield f"note: made with {got['made_with']}, which agree up to rounding"
     if got["independent"]:
         yield "note: errors on the same examples are taken as independent for some of these runs"
 

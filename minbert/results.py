@@ -321,7 +321,7 @@ def _ingredients(row):
     methods = {type(p).__name__: p for p in r["plugs"]}
     return {**{k: v for k, v in r.items() if k not in ("row", "note", "plugs")}, **methods}
 
-# %% ../nbs/A6b_results.ipynb #83d829df
+# %% ../nbs/A6b_results.ipynb #9831fda5
 def weigh_evidence(
     stored:Collection, # from `collect`
     row:str, # a row, or an effect of a factorial design
@@ -356,15 +356,15 @@ def _printed(row, against, score):
     a, b = (report_scores(x).get(score, np.nan) for x in (row, against))
     return a - b
 
-_first_code = ("cda4e19945", "cc01b01275", "174d47172e", "4b5c686fba") # softmax not yet in fp32
+_early_code = ("cda4e19945", "cc01b01275", "174d47172e", "4b5c686fba") # softmax not yet in fp32
 
 def _made(stored, row, against, score):
     "With which code and precision the runs were made, where it is not one and the same."
     rows = effects[row] if row in effects else (row, against)
     ways = set()
     for r in (stored.runs[i] for x in rows for i in stored.having(x, score)):
-        code = "first code" if r["commit"] in _first_code else "second code"
-        ways.add(f"third code, {r['precision']}" if "precision" in r else code)
+        code = "early code" if r["commit"] in _early_code else "later code"
+        ways.add(f"present code, {r['precision']}" if "precision" in r else code)
     return " / ".join(sorted(ways)) if len(ways) > 1 else ""
 
 # %% ../nbs/A6b_results.ipynb #15212476

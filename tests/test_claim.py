@@ -52,7 +52,7 @@ def test_a_row_with_one_seed_gets_a_wider_interval(capsys):
     ("give two rows", ["E9 beats E7"]), ("give two rows", ["E9 >"]), ("both sides", ["E9 > E9"]),
     ("unknown row 'E99'", ["E9 > E99"]), ("score is 'f1'", ["E9 > E7", "--score", "f1"]),
     ("E9 has no stored report run", ["E9 > E7", "--preset", "report"]),
-    ("S1 has no stored cpu run with overall", ["S1 > S3"]),
+    ("S1 has no overall score", ["S1 > S3"]),
     ("no such directory", ["E9 > E7", "--results", "nowhere"])])
 def test_mistakes_are_one_line(fails, words, args):
     fails(words, "claim", *args)
