@@ -7,8 +7,8 @@ __all__ = ['score_names', 'margins', 'three_models', 'effects', 'clearly', 'by_a
            'report_scores', 'spread', 'Collection', 'collect', 'Claim', 'changed', 'weigh_evidence', 'evidence',
            'claim_verdict', 'headline', 'verdict_words', 'plot_forest', 'report_table']
 
-# %% ../nbs/A6b_results.ipynb #1060612f
-from dataclasses import dataclass
+# %% ../nbs/A6b_results.ipynb #5f864d96
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +146,7 @@ def _read_covariances(results, runs):
             unknown.add(names[i].rsplit(" ", 1)[0])
     return out, tuple(sorted(unknown))
 
-# %% ../nbs/A6b_results.ipynb #381d3729
+# %% ../nbs/A6b_results.ipynb #3366c04a
 @dataclass(frozen=True)
 class Collection:
     "Stored runs, with the example noise of every comparison that they allow."
@@ -201,7 +201,9 @@ class Collection:
             return None
         w = _effect_weights([rows[self.runs[i]["row"]] for i in mine],
                             [self.runs[i]["seed"] for i in mine], name)
-        return self.weigh(dict(zip(mine, w)), score)
+        d = self.weigh(dict(zip(mine, w)), score)
+        balanced = _effect_weights(list(rows.values()), [0] * len(rows), name)
+        return d and replace(d, rows=float(balanced @ balanced)) # seeds needed: of every row
 
 # %% ../nbs/A6b_results.ipynb #647fd766
 def _levels(rows, factors):
@@ -456,7 +458,7 @@ def verdict_words(
     small = ", below the margin" if abs(line.ours) < margin else ""
     return f"{line.verdict} by {abs(line.ours):.3f}{small}"
 
-# %% ../nbs/A6b_results.ipynb #665d5b9b
+# %% ../nbs/A6b_results.ipynb #e4825800
 def plot_forest(
     lines:pd.DataFrame, # from `headline`
     ax=None, # where to draw; default: a figure of its own
@@ -479,7 +481,7 @@ def plot_forest(
         ax.annotate(verdict_words(e), (1.02, y), xycoords=("axes fraction", "data"),
                     va="center", fontsize=9, color=color)
     ax.set_xscale("symlog", linthresh=.02, linscale=1.4)
-    ticks = (-.1, -.05, -.01, 0, .01, .05, .1, .2, .5)
+    ticks = (-.3, -.1, -.03, -.01, 0, .01, .03, .1, .3)
     low, high = np.nanmin([lines.low, lines.report]), np.nanmax([lines.high, lines.report])
     shown = [x for x in ticks if 1.3 * low <= x <= 1.2 * high]
     ax.set_xticks(shown, [f"{x:+g}".replace("0.", ".") if x else "0" for x in shown])
