@@ -3,6 +3,20 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class WithResults(build_py):
+    "The stored runs travel with the package, so that `minbert table` and `minbert claim` find them."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            place = Path(self.build_lib, "minbert", "results")
+            self.mkpath(str(place))
+            for path in sorted(Path("nbs/results").glob("*.json")):
+                self.copy_file(str(path), str(place / path.name))
+
 
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
@@ -19,6 +33,7 @@ setup(
     url=cfg["git_url"],
     packages=find_packages(include=["minbert", "minbert.*"]),
     include_package_data=True,
+    cmdclass={"build_py": WithResults},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={

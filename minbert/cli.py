@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'command', 'command_data', 'command_recipes', 'command_run', 'command_train', 'command_pretrain',
-           'command_sweep', 'command_table', 'command_bench', 'command_evaluate', 'command_predict', 'command_demo',
-           'usage', 'main']
+           'command_sweep', 'command_table', 'command_claim', 'command_bench', 'command_evaluate', 'command_predict',
+           'command_demo', 'usage', 'main']
 
 # %% ../nbs/A9_cli.ipynb #05c1e5d3
 import json
@@ -344,6 +344,82 @@ def command_table(
         raise UserError(f"{results}: no such directory; finished runs are collected there by "
                         "'minbert sweep'")
     print(forms[format](report_table(results or results_dir(), preset)))
+
+# %% ../nbs/A9_cli.ipynb #55baa6fb
+def _two_rows(claim):
+    "The larger row and the smaller row of a claim."
+    import re
+
+    from minbert.core import UserError
+    found = re.fullmatch(r"\s*([\w+]+)\s*([<>])\s*([\w+]+)\s*", claim)
+    if not found:
+        raise UserError(f"cannot read {claim!r}: give two rows with > or < between, "
+                        'in quotation marks, such as "E9 > E7"')
+    a, sign, b = found.groups()
+    if a == b:
+        raise UserError(f"{a} is on both sides of {claim!r}")
+    return (a, b) if sign == ">" else (b, a)
+
+_holds = {"better": "holds", "worse": "does not hold: it is the other way round",
+          "equal": "does not hold: no difference beyond the margin", "open": "is open"}
+
+def _weigh(claim, score, results, preset):
+    "All that the stored runs say about a claim, as JSON values."
+    from minbert.core import UserError
+    from minbert.results import collect, margins, score_names, weigh_evidence
+    row, against = _two_rows(claim)
+    if score not in score_names:
+        raise UserError(f"score is {score!r}: one of {', '.join(score_names)}")
+    stored = collect(results or None, preset)
+    e = weigh_evidence(stored, row, against, score)
+    for name, n in zip((row, against), e["seeds"]):
+        if n:
+            continue
+        if any(r["row"] == name for r in stored.runs):
+            raise UserError(f"{name} has no {score_names[score]} score: it is not one of its tasks")
+        raise UserError(f"{name} has no stored {preset} run; 'minbert sweep {name}' makes one")
+    if e["difference"] is None:
+        raise UserError("no row has two seeds here, so nothing says what another seed changes")
+    return {"claim": claim, "holds": _holds[e["verdict"]], "score": score_names[score],
+            "difference": e["ours"], "low": e["low"], "high": e["high"], "p": e["p"],
+            "verdict": e["verdict"], "margin": margins[score], "row": row, "against": against,
+            "seeds": list(e["seeds"]), "seeds_for_80_percent": e["needed"],
+            "differs_in": e["changed"], "made_with": e["made"],
+            "independent": list(stored.unknown)}
+
+# %% ../nbs/A9_cli.ipynb #cae947b8
+@command
+def command_claim(
+    claim:str, # two rows with > or < between, in quotation marks: "E9 > E7"
+    score:str="overall", # overall, or the name of a task
+    json:bool=False, # print one JSON object
+    results:str="", # collection of finished runs; default: the stored ones
+    preset:str="cpu", # whose runs
+):
+    "Ask the stored runs whether one row beats another: interval, verdict, seeds needed."
+    from json import dumps
+
+    from minbert.core import UserError
+    if results and not Path(results).is_dir():
+        raise UserError(f"{results}: no such directory; finished runs are collected there by "
+                        "'minbert sweep'")
+    got = _weigh(claim, score, results, preset)
+    print(dumps(got, ensure_ascii=False) if json else "\n".join(_claim_lines(got)))
+
+def _claim_lines(got):
+    "A claim's figures in words."
+    need = got["seeds_for_80_percent"]
+    more = f"{need} per row" if need else "more than 100 per row, if any number"
+    yield (f"{got['row']} − {got['against']}, {got['score']}: {got['difference']:+.4f}, 95 % "
+           f"[{got['low']:+.4f}, {got['high']:+.4f}] over seeds and dev examples "
+           "({} and {} seeds)".format(*got["seeds"]))
+    yield f"verdict: {got['verdict']} (margin {got['margin']:g}); \"{got['claim']}\" {got['holds']}"
+    yield f"differs in: {', '.join(got['differs_in'])}"
+    yield f"seeds for a verdict with 80 % power, if the truth is this difference: {more}"
+    if got["made_with"]:
+        yield f"note: made with {got['made_with']}, which agree up to rounding"
+    if got["independent"]:
+        yield "note: errors on the same examples are taken as independent for some of these runs"
 
 # %% ../nbs/A9_cli.ipynb #93d8b444
 @command

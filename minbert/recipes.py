@@ -95,7 +95,7 @@ class Recipe:
             return reported[self.row][0]
         return self.note if self.row.startswith("C") else "our own"
 
-# %% ../nbs/12_recipes.ipynb #ab78d156
+# %% ../nbs/12_recipes.ipynb #70f1674f
 _S_AUG = (("sst", 2), ("para", 20), ("sts", 4))
 _surgery, _smart_s = Surgery("pcgrad"), settings["report S"]
 
@@ -154,8 +154,9 @@ recipes = {r.row: r for r in (
     replace(_e15, row="E17", batch_sizes=(("sst", 16), ("para", 32), ("sts", 16)),
             note="'1/2 for others' read as half of paraphrase's 32"),
     Recipe("E18", best_of=("E15", "E16", "E17"),
-           note="the best of the three on dev; its test predictions are stored, "
-                "the test labels are not public"),
+           note="the best of the three on dev, a reading of ours: the report does not say which "
+                "row it submitted, and says that MLM was in it, which no printed row with "
+                "annealing has; test predictions are stored, the test labels are not public"),
     Recipe("S1", trains=("sst",), scores=("sst",), mixing="single", head_dropout=.3,
            note="SST alone, all examples of the budget are SST's"),
     replace(_s3, row="S2", freeze=True, note="the encoder is frozen, only heads are trained"),
