@@ -1,4 +1,5 @@
 """Everything about the package stands in `settings.ini`; this file hands it to setuptools."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -18,6 +19,18 @@ class WithResults(build_py):
                 self.copy_file(str(path), str(place / path.name))
 
 
+def readme():
+    "The README with whole addresses, since a package index shows it without the files beside it."
+    if not Path("README.md").exists():
+        return cfg["description"]
+    raw = cfg["git_url"].replace("github.com", "raw.githubusercontent.com")
+
+    def whole(link):
+        place = f"{raw}/{cfg['branch']}" if link[1].endswith(".png") else f"{cfg['git_url']}/blob/{cfg['branch']}"
+        return f"]({place}/{link[1]})"
+    return re.sub(r"\]\((?!\w+:|#)([^)]+)\)", whole, Path("README.md").read_text(encoding="utf-8"))
+
+
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
@@ -26,7 +39,7 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else cfg["description"],
+    long_description=readme(),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license="Apache-2.0",

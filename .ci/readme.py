@@ -3,6 +3,7 @@
 `nbdev_readme` does the same with Quarto; this needs nothing but the standard library, and the tests use it.
 """
 import base64
+import configparser
 import json
 import re
 import sys
@@ -19,14 +20,32 @@ def cell_text(n, cell, files):
     directives = dict(re.findall(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", source, re.M))
     if "hide" in directives: return ""
     code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+    alt = directives.get("fig-alt", "").strip('"')
     parts = [] if directives.get("echo") == "false" else [f"```python\n{code}\n```"]
     for k, out in enumerate(cell.get("outputs", []), 1):
+        if "text/markdown" in out.get("data", {}): parts.append("".join(out["data"]["text/markdown"]))
         if "text" in out and out.get("name") == "stdout": parts.append("```\n" + "".join(out["text"]).rstrip() + "\n```")
         if "image/png" in out.get("data", {}):
             name = f"{images}/cell-{n}-output-{k}.png"
             files[name] = base64.b64decode(out["data"]["image/png"])
-            parts.append(f"![]({name})")
+            parts.append(f"![{alt}]({name})")
     return "\n\n".join(parts)
+
+
+def from_root(text):
+    "Links to files beside the index, as they are seen from the root."
+    return re.sub(r"\]\((?=[\w-]+\.ipynb|thumbs/)", "](nbs/", text)
+
+
+def badges():
+    "Licence, Python and nbdev, after what settings.ini says."
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(root / "settings.ini", encoding="utf-8")
+    cfg = cfg["DEFAULT"]
+    shield = "https://img.shields.io/badge"
+    return (f"[![licence: Apache 2.0]({shield}/licence-Apache--2.0-blue)](LICENSE) "
+            f"[![Python {cfg['min_python']} or later]({shield}/python-%E2%89%A5{cfg['min_python']}-blue)](settings.ini) "
+            f"[![made with nbdev]({shield}/made_with-nbdev-blue)](https://nbdev.fast.ai)")
 
 
 def render():
@@ -34,7 +53,8 @@ def render():
     cells, files = json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"], {}
     texts = [cell_text(n, c, files) for n, c in enumerate(cells, 1)]
     note = "<!-- made from nbs/index.ipynb by .ci/readme.py: edit there -->"
-    files["README.md"] = (note + "\n\n" + "\n\n".join(t for t in texts if t) + "\n").encode()
+    title, *rest = [from_root(t) for t in texts if t]
+    files["README.md"] = ("\n\n".join([note, title, badges(), *rest]) + "\n").encode()
     return files
 
 
