@@ -6,7 +6,7 @@
 __all__ = ['Table', 'read_table', 'write_table', 'Task', 'Rows', 'read_rows', 'read_toml', 'read_tasks', 'read_splits',
            'find_below', 'digest', 'fetch', 'cache_dir', 'checkouts', 'fingerprint']
 
-# %% ../nbs/A2_files.ipynb #168eda01
+# %% ../nbs/A2_files.ipynb #19736094
 import csv
 import hashlib
 import importlib.util
@@ -15,9 +15,11 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -530,7 +532,7 @@ def digest(
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     return hashlib.sha256(data).hexdigest()
 
-# %% ../nbs/A2_files.ipynb #ea2ae3ce
+# %% ../nbs/A2_files.ipynb #c25cb0dd
 def fetch(
     directory:str|Path, # where the files go; those that are there and whole are not fetched again
     url:str, # address of the folder that holds the files
@@ -560,6 +562,7 @@ def _download(url, path, pin, progress):
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make {path.parent}: {e.strerror}") from None
+    _ask(url)
     try:
         pooch.HTTPDownloader(progressbar=progress, timeout=(5, 15))(url, str(part), None)
         if not _is_pinned(part, pin):
@@ -571,6 +574,20 @@ def _download(url, path, pin, progress):
                         "directory that holds the files with --data or MINBERT_DATA") from e
     finally:
         part.unlink(missing_ok=True)
+
+def _ask(url, seconds=5):
+    "Complain if nobody answers in time, even if looking up the name is what takes so long."
+    import requests
+    def ask():
+        "One small question."
+        with suppress(requests.RequestException):       # a refusal is an answer: the download says so
+            requests.head(url, timeout=2 * seconds)
+    asked = Thread(target=ask, daemon=True)
+    asked.start()
+    asked.join(seconds)
+    if asked.is_alive():
+        raise UserError(f"cannot download {url} (no answer in {seconds} s); check the network, or "
+                        "give a directory that holds the files with --data or MINBERT_DATA")
 
 # %% ../nbs/A2_files.ipynb #d326ce28
 def cache_dir() -> Path: # need not exist

@@ -2,6 +2,7 @@
 import hashlib
 import re
 import socket
+import time
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -116,6 +117,15 @@ def test_no_server_and_no_such_file(site, pins, tmp_path):
     assert not files(tmp_path)
 
 
+def test_a_server_that_is_silent_costs_five_seconds(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:              # accepts, and says nothing
+        url, began = f"http://127.0.0.1:{silent.getsockname()[1]}/", time.monotonic()
+        with pytest.raises(UserError, match=r"cannot download .*sts-dev\.csv"):
+            fetch(tmp_path, url, {"sts-dev.csv": "sha256:0", "sts-train.csv": "sha256:0"})
+    assert time.monotonic() - began < 6.5
+    assert not files(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made(site, pins, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot make"):
@@ -148,7 +158,7 @@ def bare(monkeypatch, tmp_path, site, pins):
 
 def test_a_machine_without_data_downloads_them_once(bare, site, capsys):
     corpus = load_tasks()
-    assert corpus.name == "handout" and len(corpus["sts"]["dev"]) == 120
+    assert corpus.name == "handout" and len(corpus["sts"]["dev"]) == 126
     assert len(site.asked) == 9
     assert load_tasks().fingerprint == corpus.fingerprint and len(site.asked) == 9
     assert main(["data"]) == 0 and corpus.fingerprint in capsys.readouterr().out
