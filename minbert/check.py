@@ -452,7 +452,7 @@ def _call(f, values):
             return f(**{theirs: values[ours] for ours, theirs in known.items()})
     return f(*list(values.values())[:len(needed) or None])
 
-# %% ../nbs/A8_check.ipynb #7a32741d
+# %% ../nbs/A8_check.ipynb #34acb994
 def _texts(b=2, h=2, n=4, d=3):
     "Queries, keys and values, always the same."
     g = torch.Generator().manual_seed(0)
@@ -525,7 +525,7 @@ def _fit_attention(f):
     clean = [x for x in found if x[0] < 1e-6]
     usual = [x for x in found if "additive" in x[1]] if handout else []
     _, said, attend = (clean or usual or found)[0]
-    return attend, f"called as f({', '.join(_needed(f)) or 'q, k, v, mask'}) with {said}"
+    return attend, f"called as f({', '.join(list(_parameters(f))[:4]) or 'q, k, v, mask'}) with {said}"
 
 def _asked_for(f):
     "Our names of the arguments that must be given."
@@ -774,7 +774,7 @@ kinds["add_norm"] = _Kind(
                lambda f: _steady(lambda: _block_end(f, nn.Dropout(.5)).flatten()), 1e-5),
         _Probe("in training it drops out, before the sum", _drops)))
 
-# %% ../nbs/A8_check.ipynb #982da9c5
+# %% ../nbs/A8_check.ipynb #cb4b1dce
 _gradients = [[.5, -1., 2.], [.25, 3., -1.], [-2., .5, .5], [1., 1., -3.], [.125, -2., 1.]]
 _plain = {"lr": .1, "betas": (.9, .99), "eps": 1e-12, "weight_decay": 0.}
 
@@ -892,7 +892,8 @@ kinds["adamw"] = _Kind(
         _Probe("correct_bias=False switches the correction off", _uncorrected),
         _Probe("the gradient is left as it was", _gradient_kept),
         _Probe("a thousand steps of the handout's regression", _regression, 2e-5)),
-    forms=((), ("handout",)), small=((1, 3), (1, 2), _walk_matrix))
+    forms=((), ("handout",), ("handout", "decay first"), ("decay last",)),
+    small=((1, 3), (1, 2), _walk_matrix))
 
 def check_adamw(
     cls:type, # an optimiser class, or a function that makes one
@@ -1070,7 +1071,7 @@ def check_pairs(
     "Check how two texts become one sequence."
     return _check("pairs", f)
 
-# %% ../nbs/A8_check.ipynb #cc5cce2c
+# %% ../nbs/A8_check.ipynb #a9a328bc
 def _vectors(rows):
     "Tasks with one parameter each."
     return [[torch.tensor(row, dtype=torch.float64)] for row in rows]
@@ -1114,8 +1115,9 @@ def _with_heads(combine):
         raise _Skip("it gives the shared gradients and leaves the heads to its caller")
     (a,), (b,) = _vectors(_two)
     head = torch.tensor([2., -1.], dtype=torch.float64)
-    shared, first, second = combine([[a, head, None], [b, None, 3 * head]])
-    return torch.cat([shared / shared.norm(), first, second])
+    shared, *heads = combine([[a, head, None], [b, None, 3 * head]])
+    heads = [torch.zeros(2) if g is None else g for g in heads]
+    return torch.cat([shared / shared.norm(), *heads])
 
 def _inputs_kept(combine):
     "Whether a call changes what it is given."

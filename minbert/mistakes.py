@@ -271,7 +271,7 @@ def make_add_norm(
         return x + y if "no norm" in wrong else norm(x + y)
     return add_norm
 
-# %% ../nbs/A8b_mistakes.ipynb #f324f723
+# %% ../nbs/A8b_mistakes.ipynb #24fb1e50
 _adamw = "03_adamw#"
 _same = "Weight decay and L2 are not the same"
 
@@ -317,7 +317,7 @@ _same = "Weight decay and L2 are not the same"
     in_place=Mistake("changes the gradient in place",
         "p.grad is not the optimiser's; work on a copy.", _adamw + "The optimiser"))
 def make_adamw(
-    *wrong, # switches; handout: ε outside the correction, decay after the step
+    *wrong, # switches; handout, decay first, decay last: the form
 ) -> type: # an optimiser
     "AdamW, written out."
     class AdamW(torch.optim.Optimizer):
@@ -364,7 +364,7 @@ def _adamw_step(p, s, t, h, wrong):
     else:
         change = lr / c1 * s["m"] / _root(s["v"] / c2, h["eps"], wrong)
     amount = _decay(lr, rate, decay, wrong)
-    if "handout" in wrong:
+    if "decay last" in wrong or "handout" in wrong and "decay first" not in wrong:
         p.sub_(change)
         p.sub_(amount * p)
     else:
@@ -492,7 +492,7 @@ def _glue(texts):
     a, b = ([[*row] + [0] * (max(map(len, rows)) - len(row)) for row in rows] for rows in texts)
     return [(x[:256] + y[:256], [0] * len(x[:256]) + [1] * len(y[:256])) for x, y in zip(a, b)]
 
-# %% ../nbs/A8b_mistakes.ipynb #bc9953a7
+# %% ../nbs/A8b_mistakes.ipynb #5763cc58
 _surgery = "07_pcgrad#The projection"
 
 @makes("pcgrad",
@@ -523,6 +523,9 @@ _surgery = "07_pcgrad#The projection"
     heads=Mistake("counts the heads among the shared parameters",
         "A parameter that one task alone reaches keeps its own gradient and stays out of "
         "the inner products.", "07_pcgrad#The adapter", "gdavidss/MinBERT: pcgrad.py"),
+    no_heads=Mistake("leaves the heads without a gradient",
+        "What one task alone trains keeps that task's gradient; here it is never updated.",
+        "07_pcgrad#The adapter"),
     zero=Mistake("divides by zero at a zero gradient",
         "A task whose gradient is zero conflicts with nobody; the result must stay finite.",
         _surgery),
@@ -538,6 +541,8 @@ def make_pcgrad(
         whole = [p for p, single in enumerate(alone) if not single]
         sets = [[p] for p in whole] if "per parameter" in wrong else [whole]
         out = [_first_given(g[p] for g in tasks) for p in range(len(alone))]
+        if "no heads" in wrong:
+            out = [None if single else g for single, g in zip(alone, out)]
         for places in sets:
             like = [out[p] for p in places]
             flat = [torch.cat([_zeros(g[p], x).flatten() for p, x in zip(places, like)])
