@@ -154,7 +154,7 @@ class Report:
                          f"<a href='{_link(m.read)}'>{section}</a></p>")
         return "".join(parts)
 
-# %% ../nbs/A8_check.ipynb #d8f10478
+# %% ../nbs/A8_check.ipynb #21cb3e13
 class _Skip(Exception):
     "Raised by a probe that cannot be asked of this implementation."
 
@@ -178,7 +178,7 @@ class _Kind(NamedTuple):
     probes: tuple # of _Probe
     forms: tuple = ((),) # switches of the right forms
     bind: Callable|None = None # (ours, theirs) → ours with their weights
-    small: tuple = () # (rows, columns, question about a matrix of small integers)
+    small: tuple = () # (rows, columns, question about a small integer matrix, what it is)
 
 # %% ../nbs/A8_check.ipynb #011e0e18
 @contextmanager
@@ -320,12 +320,12 @@ def _piecewise(kind, fits, failed, order):
             left -= hits
     return () if left else tuple(dict.fromkeys(keys))
 
-# %% ../nbs/A8_check.ipynb #3b1df5ca
+# %% ../nbs/A8_check.ipynb #a56dbac2
 def _smallest(kind, impl):
     "The smallest matrix on which they differ, as text; empty if none was found."
     if not kinds[kind].small:
         return ""
-    rows, columns, question = kinds[kind].small
+    rows, columns, question, says = kinds[kind].small
     ours = [implement(kind, *form) for form in kinds[kind].forms]
     def answers(matrix):
         "Their answer to a matrix, and all right ones."
@@ -339,7 +339,7 @@ def _smallest(kind, impl):
     if found is None:
         return ""
     _, got, right = answers(found)
-    return f"{found} gives {got.error or _numbers(got.rows)}, right is {_numbers(right.rows)}"
+    return f"{says} {found} gives {got.error or _numbers(got.rows)}, right is {_numbers(right.rows)}"
 
 def _numbers(rows):
     "The possible outcomes, each once."
@@ -452,7 +452,7 @@ def _call(f, values):
             return f(**{theirs: values[ours] for ours, theirs in known.items()})
     return f(*list(values.values())[:len(needed) or None])
 
-# %% ../nbs/A8_check.ipynb #34acb994
+# %% ../nbs/A8_check.ipynb #d35d2bd1
 def _texts(b=2, h=2, n=4, d=3):
     "Queries, keys and values, always the same."
     g = torch.Generator().manual_seed(0)
@@ -525,7 +525,8 @@ def _fit_attention(f):
     clean = [x for x in found if x[0] < 1e-6]
     usual = [x for x in found if "additive" in x[1]] if handout else []
     _, said, attend = (clean or usual or found)[0]
-    return attend, f"called as f({', '.join(list(_parameters(f))[:4]) or 'q, k, v, mask'}) with {said}"
+    names = list(_parameters(f))[:4] or ["q", "k", "v", "mask"]
+    return attend, f"called as f({', '.join(names)}) with {said}"
 
 def _asked_for(f):
     "Our names of the arguments that must be given."
@@ -546,7 +547,7 @@ kinds = {"attention": _Kind(
                lambda f: f(*_texts(), _last_hidden).flatten()),
         _Probe("no head changes another head's output", _heads_apart),
         _Probe("large scores do not overflow", _huge_scores)),
-    small=((2, 3), (1, 2), _attend_matrix))}
+    small=((2, 3), (1, 2), _attend_matrix, "with q = k = v ="))}
 
 def check_attention(
     f:Callable, # f(q, k, v, mask), or a module with an attention method
@@ -774,7 +775,7 @@ kinds["add_norm"] = _Kind(
                lambda f: _steady(lambda: _block_end(f, nn.Dropout(.5)).flatten()), 1e-5),
         _Probe("in training it drops out, before the sum", _drops)))
 
-# %% ../nbs/A8_check.ipynb #cb4b1dce
+# %% ../nbs/A8_check.ipynb #5d52e77a
 _gradients = [[.5, -1., 2.], [.25, 3., -1.], [-2., .5, .5], [1., 1., -3.], [.125, -2., 1.]]
 _plain = {"lr": .1, "betas": (.9, .99), "eps": 1e-12, "weight_decay": 0.}
 
@@ -893,7 +894,8 @@ kinds["adamw"] = _Kind(
         _Probe("the gradient is left as it was", _gradient_kept),
         _Probe("a thousand steps of the handout's regression", _regression, 2e-5)),
     forms=((), ("handout",), ("handout", "decay first"), ("decay last",)),
-    small=((1, 3), (1, 2), _walk_matrix))
+    small=((1, 3), (1, 2), _walk_matrix,
+           "lr .25, betas .5 and .75, eps 1, weight_decay .5, weights of 1, gradients"))
 
 def check_adamw(
     cls:type, # an optimiser class, or a function that makes one
@@ -1071,7 +1073,7 @@ def check_pairs(
     "Check how two texts become one sequence."
     return _check("pairs", f)
 
-# %% ../nbs/A8_check.ipynb #a9a328bc
+# %% ../nbs/A8_check.ipynb #e8b2ec0d
 def _vectors(rows):
     "Tasks with one parameter each."
     return [[torch.tensor(row, dtype=torch.float64)] for row in rows]
@@ -1242,7 +1244,7 @@ kinds["pcgrad"] = _Kind(
         _Probe("one projection for all parameters together", _two_parameters),
         _Probe("a head keeps its own gradient and stays out of the projection", _with_heads),
         _Probe("the given gradients are left as they were", _inputs_kept)),
-    small=((2, 3), (1, 2), _surgery_matrix))
+    small=((2, 3), (1, 2), _surgery_matrix, "with a row for each task,"))
 
 def check_pcgrad(
     f:Callable, # on a matrix, on losses and parameters, or a wrapper of an optimiser

@@ -125,8 +125,9 @@ def _masked(score, mask, wrong):
     mask = mask.mT if "queries" in wrong else mask
     return score.masked_fill(~mask, torch.finfo(score.dtype).min)
 
-# %% ../nbs/A8b_mistakes.ipynb #95c31f52
+# %% ../nbs/A8b_mistakes.ipynb #10f15d5d
 _bert = "02_bert#"
+_block = _bert + "The stack, and the model"
 
 @makes("bert", **{name: catalogue["attention"][name] for name in
                   ("unscaled", "over queries", "unmasked", "after", "merged")},
@@ -143,12 +144,12 @@ _bert = "02_bert#"
         _bert + "Word + place + type"),
     norm_first=Mistake("normalises before the sum instead of after it",
         "BERT computes LN(x + dropout(y W)), not x + LN(y W).",
-        _bert + "A block ends the same way each time"),
+        _block),
     no_residual=Mistake("does not add what came into the block",
-        "LN(x + dropout(y W)): the x is missing.", _bert + "A block ends the same way each time"),
+        "LN(x + dropout(y W)): the x is missing.", _block),
     no_output_dense=Mistake("leaves out the dense layer after the attention",
         "The heads' outputs go through a linear layer before they are added.",
-        _bert + "A block ends the same way each time"),
+        _block),
     relu=Mistake("uses ReLU instead of GELU",
         "The published weights were trained with GELU.", _bert + "The stack, and the model"),
     tanh_gelu=Mistake("uses the tanh approximation of GELU",
@@ -164,10 +165,10 @@ _bert = "02_bert#"
         _bert + "The stack, and the model"),
     always_dropout=Mistake("drops out in evaluation, too",
         "F.dropout needs training=self.training; nn.Dropout knows by itself.",
-        _bert + "A block ends the same way each time"),
+        _block),
     dropout_last=Mistake("drops out after the LayerNorm instead of before the sum",
         "BERT computes LN(x + dropout(y W)); here zeros reach the next block.",
-        _bert + "A block ends the same way each time",
+        _block,
         "gpoesia/minbert-default-final-project: bert.py, an early version"))
 def make_bert(
     *wrong, # switches
@@ -245,13 +246,13 @@ class _Plain:
         pooled = self.linear("pooler.dense", first)
         return x, pooled if "no tanh" in self.wrong else pooled.tanh()
 
-# %% ../nbs/A8b_mistakes.ipynb #d29e6f9c
+# %% ../nbs/A8b_mistakes.ipynb #5175df3c
 @makes("add_norm", **{name: catalogue["bert"][name] for name in
                       ("norm first", "no residual", "dropout last", "always dropout")},
     no_dense=Mistake("leaves out the dense layer",
-        "LN(x + dropout(y W)): the W is missing.", _bert + "A block ends the same way each time"),
+        "LN(x + dropout(y W)): the W is missing.", _block),
     no_norm=Mistake("forgets the LayerNorm", "LN(x + dropout(y W)): the LN is missing.",
-        _bert + "A block ends the same way each time"))
+        _block))
 def make_add_norm(
     *wrong, # switches
 ) -> Callable: # (what came in, what the block computed, dense, dropout, norm) → hidden states
@@ -271,36 +272,36 @@ def make_add_norm(
         return x + y if "no norm" in wrong else norm(x + y)
     return add_norm
 
-# %% ../nbs/A8b_mistakes.ipynb #24fb1e50
+# %% ../nbs/A8b_mistakes.ipynb #321f2111
 _adamw = "03_adamw#"
-_same = "Weight decay and L2 are not the same"
+_step = _adamw + "Two forms of one step"
 
 @makes("adamw",
     coupled=Mistake("adds the decay to the gradient (L2), where the moments rescale it",
-        "AdamW decays the weights directly: θ ← θ − αλθ, apart from the averages.", _adamw + _same),
+        "AdamW decays the weights directly: θ ← θ − αλθ, apart from the averages.", _step),
     decay_without_rate=Mistake("decays by λ instead of αλ",
-        "One step of decay is αλθ, so that the schedule scales it, too.", _adamw + _same),
+        "One step of decay is αλθ, so that the schedule scales it, too.", _step),
     decay_by_corrected_rate=Mistake("decays by the bias-corrected rate",
-        "αλθ uses the plain rate α, not α√(1−β₂ᵗ)/(1−β₁ᵗ).", _adamw + "Two forms of one step"),
-    no_decay=Mistake("ignores weight_decay", "θ ← θ − αλθ is missing.", _adamw + _same),
+        "αλθ uses the plain rate α, not α√(1−β₂ᵗ)/(1−β₁ᵗ).", _step),
+    no_decay=Mistake("ignores weight_decay", "θ ← θ − αλθ is missing.", _step),
     growing=Mistake("adds the decay instead of subtracting it", "The weights grow: θ ← θ − αλθ.",
-        _adamw + _same),
+        _step),
     no_correction=Mistake("leaves out the bias correction",
-        "The averages start at 0; divide by 1 − βᵗ.", _adamw + "Why the averages are corrected"),
+        "The averages start at 0; divide by 1 − βᵗ.", _step),
     half_correction=Mistake("corrects only the first average",
-        "v needs its correction, too: 1 − β₂ᵗ.", _adamw + "Why the averages are corrected"),
+        "v needs its correction, too: 1 − β₂ᵗ.", _step),
     late=Mistake("counts the steps one too high",
         "The first step is t = 1; here the correction is that of t + 1.",
-        _adamw + "Why the averages are corrected"),
+        _step),
     always_correct=Mistake("ignores correct_bias=False",
-        "The option switches the correction off.", _adamw + "Two forms of one step",
+        "The option switches the correction off.", _step,
         "zeyusuntt/SMART-minBERT: optimizer.py"),
     swapped=Mistake("swaps β₁ and β₂",
-        "β₁ belongs to the average of g, β₂ to that of g².", _adamw + "Two forms of one step"),
+        "β₁ belongs to the average of g, β₂ to that of g².", _step),
     no_square=Mistake("averages g instead of g² in the second moment",
-        "v is the average of the squared gradient.", _adamw + "Two forms of one step"),
+        "v is the average of the squared gradient.", _step),
     inner_epsilon=Mistake("adds ε under the square root",
-        "√v + ε, not √(v + ε).", _adamw + "Two forms of one step"),
+        "√v + ε, not √(v + ε).", _step),
     shared_count=Mistake("counts the steps once for all parameters",
         "A parameter that starts late has had fewer steps; the count belongs to its state.",
         _adamw + "The optimiser"),
@@ -308,7 +309,7 @@ _same = "Weight decay and L2 are not the same"
         "A parameter without a gradient in a step stays as it is.", _adamw + "The optimiser"),
     one_group=Mistake("gives every group the first group's settings",
         "Read lr, betas, eps and weight_decay from the group of the parameter.",
-        _adamw + "What is decayed"),
+        _adamw + "The optimiser"),
     frozen_rate=Mistake("keeps the rate that it was made with",
         "A schedule changes group['lr']; read it anew in every step.", _adamw + "Schedules"),
     private_state=Mistake("keeps its averages outside self.state",
