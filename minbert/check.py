@@ -320,7 +320,7 @@ def _piecewise(kind, fits, failed, order):
             left -= hits
     return () if left else tuple(dict.fromkeys(keys))
 
-# %% ../nbs/A8_check.ipynb #a56dbac2
+# %% ../nbs/A8_check.ipynb #684f1fe8
 def _smallest(kind, impl):
     "The smallest matrix on which they differ, as text; empty if none was found."
     if not kinds[kind].small:
@@ -339,7 +339,8 @@ def _smallest(kind, impl):
     if found is None:
         return ""
     _, got, right = answers(found)
-    return f"{says} {found} gives {got.error or _numbers(got.rows)}, right is {_numbers(right.rows)}"
+    mine = got.error or _numbers(got.rows)
+    return f"{says} {found} gives {mine}, right is {_numbers(right.rows)}"
 
 def _numbers(rows):
     "The possible outcomes, each once."
