@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .core import UserError, log
 from .mistakes import catalogue, implement
 
-# %% ../nbs/A8_check.ipynb #d465d35c
+# %% ../nbs/A8_check.ipynb #72e4b752
 class Finding(NamedTuple):
     "What was found about one property."
     says: str # the property, as a sentence
@@ -50,13 +50,17 @@ def _link(read):
     page, section = read.split("#", 1)
     return f"{site}{page}.html#{_anchor(section)}"
 
+def _plain_number(x):
+    "A difference as JSON has it, which knows no infinity."
+    return x if x is None or np.isfinite(x) else "not finite"
+
 def _number(x):
     "A difference in a few characters."
     if x is None:
         return ""
     return f"{x:.2g}" if np.isfinite(x) else "not finite"
 
-# %% ../nbs/A8_check.ipynb #820b6811
+# %% ../nbs/A8_check.ipynb #edb51e62
 @dataclass(frozen=True)
 class Report:
     "What a check found: truthy if everything passed; prints as a table."
@@ -83,7 +87,7 @@ class Report:
 
     def as_dict(self) -> dict: # JSON values
         "The report as plain data."
-        rows = [f._asdict() for f in self.findings]
+        rows = [{**f._asdict(), "difference": _plain_number(f.difference)} for f in self.findings]
         named = [{"mistake": m.title, "why": m.why, "read": _link(m.read)} for m in self.known]
         return {"kind": self.kind, "target": self.target, "called": self.called,
                 "passed": self.passed, "properties": rows, "mistakes": named,

@@ -387,3 +387,18 @@ def test_what_a_report_names_to_read_is_there():
             text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
             heads = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
             assert section in heads, (kind, m.title, m.read)
+
+
+def test_without_hypothesis_an_example_is_found_too(monkeypatch):
+    import sys
+    from minbert.check import check_pcgrad
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    report = check_pcgrad(lambda grads: grads.sum(0))
+    assert report.mistakes == ("summed",) and "[[" in report.example
+
+
+def test_json_has_no_infinity():
+    import numpy as np
+    from minbert.check import Finding, Report
+    report = Report("pcgrad", "f", "called", (Finding("x", False, np.inf),))
+    assert "Infinity" not in json.dumps(report.as_dict())
