@@ -740,7 +740,7 @@ def _may(ids, special, wrong):
         spared = spared[spared != 0]
     return ~torch.isin(ids, spared)
 
-# %% ../nbs/A8b_mistakes.ipynb #a4c6b612
+# %% ../nbs/A8b_mistakes.ipynb #ada126df
 _rtd = "11_electra#"
 
 @makes("rtd",
@@ -757,7 +757,8 @@ _rtd = "11_electra#"
         _rtd + "A word drawn, not guessed"),
     twice=Mistake("samples from the softmax of a softmax",
         "Gumbel noise and multinomial draws want logits or probabilities once; twice is almost "
-        "uniform.", _rtd + "A word drawn, not guessed"),
+        "uniform.", _rtd + "A word drawn, not guessed",
+        "lucidrains/electra-pytorch: electra_pytorch/electra_pytorch.py"),
     chosen_only=Mistake("leaves out the labels of tokens that were not chosen",
         "Every real token is judged; that is the point of the method.", _rtd + "The model"),
     inverted=Mistake("labels originals with 1", "1 means replaced.", _rtd + "The model"),
