@@ -50,6 +50,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={
+        "check": ["hypothesis>=6"],
         "cluster": ["dask[distributed]"],
         "dev": cfg["dev_requirements"].split(),
     },

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['commands', 'command', 'command_data', 'command_recipes', 'command_run', 'command_train', 'command_pretrain',
            'command_sweep', 'command_table', 'command_claim', 'command_bench', 'command_evaluate', 'command_predict',
-           'command_demo', 'usage', 'main']
+           'command_check', 'command_demo', 'usage', 'main']
 
 # %% ../nbs/A9_cli.ipynb #05c1e5d3
 import json
@@ -529,6 +529,39 @@ def command_predict(
     short = f", {cut} rows cut to the model's length" if cut else ""
     _say(f"{output}: {len(rows)} rows predicted{short}")
 
+# %% ../nbs/A9_cli.ipynb #c1504bb9
+@command
+def command_check(
+    what:Param("FILE.py:NAME, a function or class of yours", str, opt=False, nargs="?")="",
+    kind:str="", # attention, bert, adamw, schedule, pairs, pcgrad, smart, masking, rtd, gdes, ...
+    handout:str="", # check a directory laid out as the CS224N project instead
+    limit:float=20, # seconds for one property
+    json:bool=False, # print JSON
+):
+    "Check your implementation against the definitions, and name the mistake."
+    from minbert.check import check_file, check_handout
+    from minbert.core import UserError
+    _number("limit", limit, 86_400)
+    path, _, name = what.rpartition(":")
+    if bool(what) == bool(handout) or what and not (path and name):
+        raise UserError("say what to check: minbert check FILE.py:NAME, or --handout DIR")
+    if handout:
+        reports = check_handout(handout, limit)
+    else:
+        reports = [check_file(path, name, kind, limit)]
+    _print_reports(reports, json)
+    return 0 if all(reports) else 1
+
+def _print_reports(reports, as_json):
+    "Tables, or one JSON object."
+    if not as_json:
+        print(*reports, sep="\n\n")
+    elif len(reports) == 1:
+        print(json.dumps(reports[0].as_dict()))
+    else:
+        found = [r.as_dict() for r in reports]
+        print(json.dumps({"passed": all(reports), "reports": found}))
+
 # %% ../nbs/A9_cli.ipynb #102680e6
 def _demo_bert(init, corpus):
     "MiniLM, or, with a line that says so, the pocket model."
@@ -545,7 +578,7 @@ def _demo_bert(init, corpus):
         return BertModel.from_pretrained("pocket"), "pocket"
 
 def _demo_heads(bert, corpus):
-    "Classes for a single text; for a pair the cosine of two, cut where the encoder's own cuts best."
+    "Classes for one text; for a pair the cosine of two, cut where the encoder's own cuts best."
     from minbert.data import best_threshold
     from minbert.heads import HeadConfig, encoder_cosine, head_for
     heads = []
@@ -763,7 +796,7 @@ def _dispatch(argv):
         return e.code or 0
     return _guarded(commands[name], {k: v for k, v in args.items() if k not in ("pdb", "xtra")})
 
-# %% ../nbs/A9_cli.ipynb #400bfdd2
+# %% ../nbs/A9_cli.ipynb #7a626d08
 class _Plain(logging.Handler):
     "Log records as plain lines on standard error, whatever that is at the moment."
     def emit(self, record):
@@ -776,7 +809,7 @@ def _guarded(f, args):
     log.propagate = False
     log.handlers[:] = [_Plain()]
     try:
-        f(**args)
+        code = f(**args) or 0
         sys.stdout.flush()
     except UserError as e:
         _say("minbert: " + " ".join(str(e).split()))
@@ -786,4 +819,4 @@ def _guarded(f, args):
     except OSError as e:
         _say(f"minbert: {e.filename or f.__name__.removeprefix('command_')}: {e.strerror or e}")
         return 1
-    return 0
+    return code

@@ -580,7 +580,7 @@ def _ask(url, seconds=5):
     import requests
     def ask():
         "One small question."
-        with suppress(requests.RequestException):       # a refusal is an answer: the download says so
+        with suppress(requests.RequestException):       # a refusal is an answer, too
             requests.head(url, timeout=2 * seconds)
     asked = Thread(target=ask, daemon=True)
     asked.start()
