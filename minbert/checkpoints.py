@@ -193,7 +193,9 @@ def _read_tokens(path):
         why = getattr(e, "strerror", None) or e
         raise UserError(f"{path}: the vocabulary cannot be read ({why})") from None
 
-# %% ../nbs/A3_checkpoints.ipynb #b8a425f7
+# %% ../nbs/A3_checkpoints.ipynb #e642495f
+_other_files = ("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+                "tokenizer.model") # of tokenizers that are not BERT's
 _own_classes = ("BertTokenizer", "BertTokenizerFast", None) # None: by config.json it is BERT's
 _json_classes = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _special_keys = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -230,7 +232,7 @@ def _get_flags(settings):
             "strip_accents": settings.get("strip_accents"),
             "chinese": settings.get("tokenize_chinese_chars") is not False}
 
-# %% ../nbs/A3_checkpoints.ipynb #bb7dee74
+# %% ../nbs/A3_checkpoints.ipynb #1a5d8ec3
 def _read_added(folder, settings):
     "Id → added token, with its flags where they are known."
     added = {int(i): t for i, t in (settings.get("added_tokens_decoder") or {}).items()}
@@ -244,6 +246,8 @@ def _list_extra(settings):
     extra = [settings.get(key) for key in ("bos_token", "eos_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key) or []
+        if not isinstance(more, (list, dict)):
+            raise ValueError(f"{key} is {more!r}, no list")
         extra += more.values() if isinstance(more, dict) else more
     return [_content(t) for t in extra if t]
 
@@ -293,7 +297,7 @@ def _from_words(folder, settings):
     _add_tokens(tok, added, extra, folder)
     return _describe(tok), lowercase
 
-# %% ../nbs/A3_checkpoints.ipynb #ae7f0143
+# %% ../nbs/A3_checkpoints.ipynb #28014ab2
 _plain_model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                 "max_input_chars_per_word": 100}
 
@@ -332,22 +336,24 @@ def _from_json(folder, settings):
         raise UserError(f"{path} describes another tokenizer than tokenizer_config.json "
                         f"({flags}); make them agree")
     _check_added(path, parsed, _read_added(folder, settings))
+    tok = Tokenizer.from_str(json.dumps(parsed))    # refuses fields that it does not know
     extra, ids = _list_extra(settings), parsed["model"]["vocab"]
     tokens = tuple(sorted(ids, key=ids.get)) if isinstance(ids, dict) else ()
     words = _read_tokens(folder / "vocab.txt") if (folder / "vocab.txt").exists() else tokens
     if words is not tokens and {t: i for i, t in enumerate(words)} != ids:
         raise UserError(f"{folder}: vocab.txt and tokenizer.json list different tokens")
+    if isinstance(ids, dict) and len(set(ids.values())) < len(ids):
+        raise UserError(f"{path}: two tokens have the same id")
     gapless = [ids[t] for t in tokens] == list(range(len(tokens)))
     usual = all(map(_is_usual, parsed["added_tokens"])) and set(extra) <= set(specials)
     if gapless and usual and _is_plain(parsed, flags):
         return tokens, flags["lowercase"]
-    tok = Tokenizer.from_str(json.dumps(parsed))
     tok.no_truncation()
     tok.no_padding()
     _add_tokens(tok, {}, extra, folder)
     return _describe(tok), flags["lowercase"]
 
-# %% ../nbs/A3_checkpoints.ipynb #c64b0501
+# %% ../nbs/A3_checkpoints.ipynb #b79f0a79
 def read_vocab(
     folder:Path, # may hold vocab.txt or tokenizer.json
 ) -> tuple[tuple[str, ...]|None, bool]: # tokens in the order of their ids, and lower-casing
@@ -359,6 +365,10 @@ def read_vocab(
             return _from_json(folder, settings)
         if (folder / "vocab.txt").exists():
             return _from_words(folder, settings)
+        other = next((f for f in _other_files if (folder / f).exists()), None)
+        if other:
+            raise UserError(f"{folder / other}: this kind of vocabulary is not built in; "
+                            "BERT's is a vocab.txt or a tokenizer.json")
         return None, _get_flags(settings)["lowercase"]
     except UserError:
         raise

@@ -27,10 +27,14 @@ def command(
     commands[f.__name__.removeprefix("command_")] = f
     return f
 
-# %% ../nbs/A9_cli.ipynb #c8596e2d
+# %% ../nbs/A9_cli.ipynb #ff631bf5
 def _say(*lines):
     "Lines on standard error."
     print(*lines, sep="\n", file=sys.stderr)
+
+def _records(table):
+    "A table's rows by name; what is missing is null."
+    return json.loads(table.to_json(orient="index"))
 
 def _number(name, value, most=2**31):
     "Refuse a number below 0 or too large."
@@ -42,30 +46,44 @@ def _bar(name):
     "A progress bar around a list of batches."
     from tqdm.auto import tqdm
     hidden = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    return lambda batches: tqdm(batches, desc=name, unit="batch", leave=False, disable=hidden)
+    return lambda batches: tqdm(batches, desc=name, unit="batch", leave=False,
+                                disable=hidden or None)      # None: quiet in log files
 
-# %% ../nbs/A9_cli.ipynb #9d93001e
+def _show(text, records, as_json):
+    "A table for people, or the same as JSON for programs."
+    print(json.dumps(records, default=str) if as_json else text)
+
+# %% ../nbs/A9_cli.ipynb #389769e5
 @command
 def command_data(
     source:Param("a data directory or a task file (TOML)", str, opt=False, nargs="?")="",
     dir:str="", # the same as an option; default: MINBERT_DATA, data/, the cache, else download
     cfimdb:bool=False, # also look for the CFIMDB files, the single-task warm-up benchmark
+    json:bool=False, # one JSON object instead of tables
 ):
     "Find, fetch or check the data, and print what is there."
     from minbert.data import floors, load_tasks, tasks
     names = tuple(tasks) if cfimdb else None
     corpus = load_tasks(source or dir or "auto", names)
+    if json:
+        kept = {"fingerprint": corpus.fingerprint, "files": corpus.describe().to_dict("records"),
+                "floors": _records(floors(corpus))}
+        return _show("", kept, True)
     print(corpus.describe().to_string(index=False), end="\n\n")
     print(corpus.repeats().to_string(index=False), end="\n\n")
     print("Dev scores that need no model:", floors(corpus).round(3).to_string(na_rep="-"), sep="\n")
     print(f"\nfingerprint: {corpus.fingerprint}")
 
-# %% ../nbs/A9_cli.ipynb #809b7a98
+# %% ../nbs/A9_cli.ipynb #832b7e06
 @command
-def command_recipes():
+def command_recipes(
+    json:bool=False, # one JSON object instead of a table
+):
     "List the rows of both reports, what they print, and what we put in."
     from minbert.recipes import ingredients
     table = ingredients()
+    if json:
+        return _show("", _records(table), True)
     print(table.drop(columns="note").fillna("-").to_string())
     print("\nWhat the reports leave open and how we read it:")
     for row, note in table.note.items():
@@ -108,7 +126,7 @@ def _ended(result, out):
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #297425a5
+# %% ../nbs/A9_cli.ipynb #c30d4c25
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -136,7 +154,17 @@ def command_train(
     corpus = load_tasks(tasks)
     choice = {"method": method, "smart": smart, "mixing": mixing, "init": init, "epochs": epochs,
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
-    _ended(train(out, *_task_job(corpus, choice), resume=resume), out)
+    result = train(out, *_task_job(corpus, choice), resume=resume)
+    _predict_tests(out, corpus, device)
+    _ended(result, out)
+
+def _predict_tests(out, corpus, device):
+    "Answers to the test files, as test-TASK.csv in the run directory."
+    tests = {t: s["test"] for t, s in corpus.rows.items() if "test" in s}
+    tests = {t: rows for t, rows in tests.items() if not (out / f"test-{t}.csv").exists()}
+    model = _open(out, device) if tests else None
+    for t, rows in tests.items():
+        _write_answers(out / f"test-{t}.csv", model, t, rows)
 
 def _usual_rate(width):
     "A peak learning rate that is usual for an encoder of so many dimensions."
@@ -269,7 +297,7 @@ def _batches_of_runs(todo):
     first = [x for x in todo if not recipes[x[0]].best_of]
     return [b for b in (first, [x for x in todo if x not in first]) if b]
 
-# %% ../nbs/A9_cli.ipynb #5b6eb643
+# %% ../nbs/A9_cli.ipynb #e6a572c1
 @command
 def command_sweep(
     row:Param("rows to run, such as E9 S3; default: every row", str, opt=False, nargs="*")=(),
@@ -293,9 +321,12 @@ def command_sweep(
         get_recipe(name)
     if workers < 1:
         raise UserError(f"workers is {workers}: give 1 or more")
+    numbers = _numbers(seeds, "seeds")
+    for seed in numbers:
+        _number("seed", seed)
     place = Path(results).resolve() if results else results_dir()
     fingerprint = load_tasks(data, main_tasks).fingerprint
-    todo = open_runs(names, _numbers(seeds, "seeds"), preset, fingerprint, place)
+    todo = open_runs(names, numbers, preset, fingerprint, place)
     failed = _sweep(todo, _child(preset, data, device), place, (out, workers, cluster, preset))
     if failed:
         raise UserError(f"{len(failed)} runs did not finish ({', '.join(failed)}); "
@@ -325,12 +356,13 @@ def _sweep(todo, call, place, how):
                 failed += [] if got else [f"{name} seed {seed}"]
     return failed
 
-# %% ../nbs/A9_cli.ipynb #de3f728e
+# %% ../nbs/A9_cli.ipynb #d130444f
 @command
 def command_table(
     format:str="md", # md, html or csv
     results:str="", # collection of finished runs; default: the stored ones
     preset:str="cpu", # whose runs
+    json:bool=False, # one JSON object instead of a table
 ):
     "Print both reports' tables with our figures beside theirs, from the finished runs."
     from minbert.core import UserError
@@ -343,7 +375,8 @@ def command_table(
     if results and not Path(results).is_dir():
         raise UserError(f"{results}: no such directory; finished runs are collected there by "
                         "'minbert sweep'")
-    print(forms[format](report_table(results or results_dir(), preset)))
+    table = report_table(results or results_dir(), preset)
+    _show(forms[format](table), _records(table) if json else None, json)
 
 # %% ../nbs/A9_cli.ipynb #55baa6fb
 def _two_rows(claim):
@@ -448,7 +481,7 @@ def command_bench(
         write_atomic(json, dumps(got) + "\n")
     print(*bench_summary(got), sep="\n")
 
-# %% ../nbs/A9_cli.ipynb #04bcc0de
+# %% ../nbs/A9_cli.ipynb #572655fa
 def _scored(model, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
     from minbert.core import UserError
@@ -470,8 +503,9 @@ def command_evaluate(
     split:str="dev", # dev or train, without a file
     data:str="auto", # data directory or task file; auto: see 'minbert data'
     device:str="auto", # auto, cpu, cuda or mps
+    json:bool=False, # JSON on a terminal, too; in files and pipes it always is
 ):
-    "Score a finished run; JSON on standard output."
+    "Score a finished run: a table, or JSON where a program reads."
     from minbert.core import read_json
     from minbert.data import encode, load_tokenizer, read_rows
     from minbert.train import evaluate
@@ -488,7 +522,14 @@ def command_evaluate(
     tokenizer = load_tokenizer(model.bert.vocab, model.bert.lowercase)
     encoded = {t: encode(tokenizer, r) for t, r in rows.items()}
     scores, _ = evaluate(model, encoded, _bar("evaluating"))
-    print(json.dumps({k: round(v, 6) for k, v in scores.items()}))
+    lines = [f"{t:<16} {c.task.metric:<9} {scores[t]:6.3f}" + _macro(scores, t)
+             for t, c in model.configs.items() if t in scores]
+    _show("\n".join(lines), {k: round(v, 6) for k, v in scores.items()},
+          json or not sys.stdout.isatty())
+
+def _macro(scores, task):
+    "Macro F1 beside an accuracy: a rare label counts as much as a common one."
+    return f"   macro F1 {scores[f'{task}_f1']:6.3f}" if f"{task}_f1" in scores else ""
 
 def _open(run, device):
     "The model of a run, on a device, with the fast kernels."
@@ -504,7 +545,7 @@ def _config(model, task):
         raise UserError(f"no head for {task!r}: this model knows {', '.join(model.configs)}")
     return model.configs[task]
 
-# %% ../nbs/A9_cli.ipynb #8912c896
+# %% ../nbs/A9_cli.ipynb #c3bf834a
 @command
 def command_predict(
     run:str, # run directory, or a model directory
@@ -515,17 +556,21 @@ def command_predict(
 ):
     "Predict every row of a file."
     from minbert.core import UserError
-    from minbert.data import encode, load_tokenizer, read_rows
-    from minbert.heads import predict_rows
-    from minbert.train import write_predictions
+    from minbert.files import read_rows
     model = _open(run, device)
     c = _config(model, task)
     if Path(input).resolve() == Path(output).resolve():
         raise UserError(f"{output}: input and output are the same file")
-    rows = read_rows(input, c.task, "test")
+    _write_answers(output, model, task, read_rows(input, c.task, "test"))
+
+def _write_answers(output, model, task, rows):
+    "Predict rows into a table, and say how many."
+    from minbert.data import encode, load_tokenizer
+    from minbert.heads import predict_rows
+    from minbert.train import write_predictions
     encoded = encode(load_tokenizer(model.bert.vocab, model.bert.lowercase), rows)
     write_predictions(output, rows, predict_rows(model, task, encoded, _bar("predicting")))
-    cut = encoded.truncated(c.pairs, model.max_length)
+    cut = encoded.truncated(model.configs[task].pairs, model.max_length)
     short = f", {cut} rows cut to the model's length" if cut else ""
     _say(f"{output}: {len(rows)} rows predicted{short}")
 
@@ -762,7 +807,7 @@ def _parser(name):
                 action.help = action.help.replace(empty, "")
     return parser
 
-# %% ../nbs/A9_cli.ipynb #58f30c7e
+# %% ../nbs/A9_cli.ipynb #fd84d895
 def main(
     argv:list[str]|None=None, # arguments; default: the program's own
 ) -> int: # exit code: 0, 1 for the user's mistake, 2 for a wrong call, 130 if stopped
@@ -772,6 +817,11 @@ def main(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        os.getcwd()
+    except OSError:     # torch would end the process
+        _say("minbert: the current directory is gone: change to one that is there")
+        return 1
     try:
         return _dispatch(argv)
     except BrokenPipeError:
@@ -790,11 +840,21 @@ def _dispatch(argv):
     if name not in commands:
         _say(f"minbert: no command {name!r}; there are {', '.join(commands)}")
         return 2
+    bad = next((a for a in rest if a.endswith("=--") or "\0" in a), None)
+    if bad: # argparse takes --x=-- for an empty list, and no file name holds a zero byte
+        _say(f"minbert: {bad!r} is no value")
+        return 2
     try:
         args = vars(_parser(name).parse_args(rest))
     except SystemExit as e:
         return e.code or 0
-    return _guarded(commands[name], {k: v for k, v in args.items() if k not in ("pdb", "xtra")})
+    args = {k: _expand(v) for k, v in args.items() if k not in ("pdb", "xtra")}
+    return _guarded(commands[name], args)
+
+def _expand(value):
+    "A path below ~, which a shell leaves alone after an equals sign."
+    home = isinstance(value, str) and value.startswith("~")
+    return os.path.expanduser(value) if home else value
 
 # %% ../nbs/A9_cli.ipynb #7a626d08
 class _Plain(logging.Handler):

@@ -24,7 +24,7 @@ log = logging.getLogger("minbert")
 class UserError(Exception):
     "A mistake that the user can mend."
 
-# %% ../nbs/A1_core.ipynb #e57a4982
+# %% ../nbs/A1_core.ipynb #aa618f24
 def write_atomic(
     path:str|Path, # where the file will be
     data:str|bytes, # its whole content; text is written as UTF-8
@@ -34,8 +34,8 @@ def write_atomic(
     data = data.encode() if isinstance(data, str) else data
     part = None
     try:
-        if place.exists() and not place.is_file():
-            with open(place, "wb") as f:
+        if path.exists() and not path.is_file():    # a device or a pipe
+            with open(path, "wb") as f:
                 f.write(data)
             return path
         with tempfile.NamedTemporaryFile(
@@ -57,14 +57,14 @@ def _umask():
     os.umask(mask)
     return mask
 
-# %% ../nbs/A1_core.ipynb #76560902
+# %% ../nbs/A1_core.ipynb #332c4040
 def read_json(
     path:str|Path, # a file that holds one JSON object
 ) -> dict: # its content
     "Read a JSON object, or say in one line why that cannot be."
     path = Path(path)
     try:
-        got = json.loads(path.read_text(encoding="utf-8"))
+        got = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}") from None
     except (ValueError, RecursionError):
@@ -72,6 +72,10 @@ def read_json(
     if not isinstance(got, dict):
         raise UserError(f"{path} holds no JSON object")
     return got
+
+def _refuse(constant):
+    "JSON has no NaN and no Infinity, though Python writes them."
+    raise ValueError(constant)
 
 # %% ../nbs/A1_core.ipynb #729e91f2
 def pick_device(

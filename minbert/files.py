@@ -476,7 +476,7 @@ def read_splits(
         splits["test"] = read_rows(find(task.test), task, "test")
     return splits
 
-# %% ../nbs/A2_files.ipynb #b05a9b0f
+# %% ../nbs/A2_files.ipynb #60fb72cc
 def find_below(
     directory:str|Path, # where to look
     names:Iterable[str], # file names
@@ -508,7 +508,7 @@ def _list_folders(folders, visited):
         except OSError:
             continue
         for path in inside:
-            (below if path.is_dir() else files).append(path)
+            (below if os.path.isdir(path) else files).append(path)   # never raises
     return files, below
 
 def _warn_of_double(first, second):

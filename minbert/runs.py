@@ -6,7 +6,7 @@
 __all__ = ['Data', 'TrainConfig', 'environment', 'peak_rss_mb', 'save_state', 'load_state', 'RunDir', 'train', 'results_dir',
            'run_name', 'keep', 'stored_answers', 'kept', 'sweep']
 
-# %% ../nbs/A6_runs.ipynb #69909283
+# %% ../nbs/A6_runs.ipynb #058d16a8
 import csv
 import gzip
 import hashlib
@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from .core import UserError, has_bf16, read_json, write_atomic
 from .core import log as logger
 from .fast import install, make_optimizer
-from .files import checkouts
+from .files import checkouts, read_table
 from .optim import load_state_tensors, schedules, state_tensors
 from .train import Clip, Schedule, fit, pick_combine
 
@@ -228,7 +228,7 @@ def _put_back(part, state):
     else:
         part.load_state_dict(state)
 
-# %% ../nbs/A6_runs.ipynb #42e8f2b3
+# %% ../nbs/A6_runs.ipynb #020ba8bd
 class RunDir:
     "A run's files."
     def __init__(self,
@@ -290,7 +290,7 @@ class RunDir:
         if not (self.path / "result.json").exists():
             return None
         try:
-            return read_json(self.path / "result.json")
+            return _check_result(self.path / "result.json")
         except UserError as e:
             logger.warning("%s; the run counts as unfinished", e)
             return None
@@ -299,6 +299,25 @@ class RunDir:
     def finished(self) -> bool:
         "Whether there is a result that can be read."
         return self.result() is not None
+
+_result_types = {"dev": dict, "held": dict, "train": dict, "examples": dict, "truncated": dict,
+                 "curve": list, "wall_s": (int, float), "cpu_s": (int, float),
+                 "peak_rss_mb": (int, float)}
+
+def _check_result(path):
+    "A result, if its entries are of the types that we write and its scores are numbers."
+    got = read_json(path)
+    for name in got.keys() & _result_types.keys():
+        if not isinstance(got[name], _result_types[name]):
+            raise UserError(f"{path}: {name} is {str(got[name])[:40]}; the file is damaged")
+    scores = [*got.get("dev", {}).values(), *got.get("train", {}).values()]
+    if not {"dev", "held"} & set(got) or not all(map(_is_finite, scores)):
+        raise UserError(f"{path} holds no scores; the file is damaged")
+    return got
+
+def _is_finite(x):
+    "Whether a value is a number and neither NaN nor infinite."
+    return isinstance(x, (int, float)) and math.isfinite(x)
 
 def _compare(path, config):
     "Is what is there the same run, on whatever machine?"
@@ -322,10 +341,16 @@ def _differences(old, new, prefix=""):
         was, name = old.get(key), prefix + key
         if isinstance(was, dict) and isinstance(value, dict):
             yield from _differences(was, value, f"{name}.")
-        elif was != value and name != "train.save_seconds":
+        elif was != value and name != "train.save_seconds" and not _same_folder(key, was, value):
             yield name, was, value
 
-# %% ../nbs/A6_runs.ipynb #49eba8ac
+def _same_folder(key, was, value):
+    "Whether two names of starting weights are one directory; minilm and ./minilm are not."
+    built_in = {was, value} & {"minilm", "pocket"}
+    return (key == "init" and isinstance(was, str) and not built_in and os.path.isdir(value)
+            and os.path.realpath(was) == os.path.realpath(value))
+
+# %% ../nbs/A6_runs.ipynb #b9400ad9
 @patch
 def log(self:RunDir,
     **what, # JSON values
@@ -346,7 +371,9 @@ def lines(self:RunDir) -> list[dict]:
     for k, line in enumerate(text.split("\n")[:-1], 1):
         try:
             found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+            if "step" in found[-1]:
+                int(found[-1]["step"])
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path}, line {k} is damaged: delete it, or the run") from None
     return found
 
@@ -507,14 +534,15 @@ class _Session:
         shutil.rmtree(self.run.path / "state", ignore_errors=True) # no longer needed
         return result
 
-# %% ../nbs/A6_runs.ipynb #77309d7c
+# %% ../nbs/A6_runs.ipynb #004f3f3a
 def _clocks():
     "Wall time and the processor time of this process, seconds; only differences mean anything."
     return np.array([time.monotonic(), time.process_time()])
 
 def _hidden(progress):
     "Whether a bar is not wanted, here or by the environment (tqdm before 4.66 does not ask it)."
-    return not progress or os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
+    wanted = progress and os.environ.get("TQDM_DISABLE", "").lower() in ("", "0", "false")
+    return None if wanted else True # None: hidden unless standard error is a terminal
 
 def _show(bar, recent, values):
     "One more step on the bar, with a running mean of each loss."
@@ -558,7 +586,7 @@ def run_name(
     "The name of a run directory and of what is kept of it."
     return f"{row}-{preset}-s{seed}"
 
-# %% ../nbs/A6_runs.ipynb #ac640f7d
+# %% ../nbs/A6_runs.ipynb #1942ea6e
 def keep(
     run_dir:str|Path, # a finished run
     results:str|Path, # where results are collected
@@ -576,8 +604,10 @@ def keep(
     except OSError as e:
         raise UserError(f"cannot make {results}: {e.strerror}") from None
     for path in sorted([*run.path.glob("dev-*.csv"), *run.path.glob("test-*.csv")]):
-        _, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
-        packed = _pack([x[0] for x in rows], [x[1] for x in rows])
+        table = read_table(path, ["id"])
+        if len(table.header) < 2:
+            raise UserError(f"{path} holds no predictions")
+        packed = _pack([x[0] for x in table.rows], [x[1] for x in table.rows])
         write_atomic(results / f"{name}-{path.name}.gz", packed)
     return write_atomic(results / f"{name}.json", json.dumps(got, indent=1) + "\n")
 
@@ -594,7 +624,7 @@ def _hash_of(ids):
     "What tells these rows, in this order, from others."
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
-# %% ../nbs/A6_runs.ipynb #4d56588c
+# %% ../nbs/A6_runs.ipynb #546da635
 def stored_answers(
     path:str|Path, # NAME-dev-TASK.csv.gz of the collection
     ids:list[str], # of the rows that are meant, in their order
@@ -605,17 +635,20 @@ def stored_answers(
     except (OSError, EOFError, ValueError, zlib.error) as e:
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or 'damaged'}") from None
     first, _, rest = text.partition("\n")
-    values = [row[0] for row in csv.reader(io.StringIO(rest, newline=""))]
+    values = [row[0] for row in csv.reader(io.StringIO(rest, newline="")) if row]
     if not first.startswith("ids sha256 ") or len(values) != len(ids):
         raise UserError(f"{path} holds {len(values)} predictions, not {len(ids)}")
     if first.split()[-1] != _hash_of(ids):
         raise UserError(f"{path} holds predictions for other rows, or in another order")
     try:
-        return np.array(values, dtype=float)
+        numbers = np.array(values, dtype=float)
     except ValueError:
         return np.array(values)
+    if not np.isfinite(numbers).all():
+        raise UserError(f"{path}: some predictions are NaN or infinite")
+    return numbers
 
-# %% ../nbs/A6_runs.ipynb #7ad6ed85
+# %% ../nbs/A6_runs.ipynb #574e2f8d
 def kept(
     results:str|Path|None=None, # the collection; default: the stored results
 ) -> list[dict]: # each as in result.json, and its minutes
@@ -625,6 +658,7 @@ def kept(
         if re.fullmatch(r".+-.+-s\d+", path.stem):
             run = read_json(path)
             if _named <= set(run) and "dev" in run:
+                _check_result(path)
                 seconds = run.get("cpu_s", run.get("wall_s", 0)) # older runs have no processor time
                 found.append(run | {"minutes": seconds / 60})
     return found

@@ -17,6 +17,7 @@ from minbert.cli import main
 from minbert.core import UserError
 from minbert.data import load_tasks, tasks
 from minbert.heads import HeadConfig, MultitaskBert
+from minbert.runs import keep, stored_answers
 
 SST, PARA, STS = "ids-sst-train.csv", "quora-train.csv", "sts-dev.csv"
 quick = ["--preset", "pocket", "--epochs", ".05"]
@@ -377,6 +378,66 @@ def test_a_run_whose_weights_are_not_numbers(data_dir, run_dir, tmp_path, fails)
     assert not (tmp_path / "answers.csv").exists()
 
 
+wrong_results = {"empty": "", "no scores": "{}", "a list": "[]", "NaN": '{"dev": {"sst": NaN}}',
+                 "infinite": '{"dev": {"sst": 1e999}}',
+                 "other types": '{"dev": [2], "wall_s": "x"}',
+                 "scores that are texts": '{"dev": {"sst": "high"}}'}
+
+
+@pytest.mark.parametrize("name", wrong_results)
+def test_a_damaged_result(name, data_dir, run_dir, tmp_path, capsys):
+    "The run counts as unfinished and finishes again; in a collection it is named."
+    mine = shutil.copytree(run_dir, tmp_path / "run")
+    whole = json.loads((mine / "result.json").read_text())
+    (mine / "result.json").write_text(wrong_results[name])
+    assert main(["run", "E9", "--preset", "pocket", "--data", str(data_dir), "--epochs", ".1",
+                 "--out", str(mine), "--resume"]) == 0
+    assert "the run counts as unfinished" in capsys.readouterr().err
+    assert json.loads((mine / "result.json").read_text())["dev"] == whole["dev"]
+
+
+def test_a_damaged_collection(run_dir, tmp_path, fails):
+    "Predictions that are cut or not numbers, results of other types."
+    mine = shutil.copytree(run_dir, tmp_path / "run")
+    answers = mine / "dev-sts.csv"
+    whole = answers.read_text()
+    for text in ("", "id\n", "id,x\n1\n", '"' * 200_001):
+        answers.write_text(text)
+        with pytest.raises(UserError, match="dev-sts"):
+            keep(mine, tmp_path / "results")
+    lines = whole.split("\n")
+    answers.write_text("\n".join([lines[0], lines[1].split(",")[0] + ",nan", *lines[2:]]))
+    keep(mine, tmp_path / "results")
+    packed, = (tmp_path / "results").glob("*dev-sts.csv.gz")
+    ids = [x.split(",")[0] for x in lines[1:] if x]
+    with pytest.raises(UserError, match="NaN"):
+        stored_answers(packed, ids)
+    path, = (tmp_path / "results").glob("*.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cpu_s": "long"}))
+    fails(of(path.name, ".*cpu_s"), "table", "--results", tmp_path / "results",
+          "--preset", "pocket")
+
+
+def test_metrics_of_other_types(data_dir, run_dir, tmp_path, fails):
+    mine = shutil.copytree(run_dir, tmp_path / "run")
+    (mine / "result.json").unlink()
+    again = ["run", "E9", "--preset", "pocket", "--data", data_dir, "--epochs", ".1", "--resume"]
+    for text in ('{"step": "x"}\n', "[1]\n", "[" * 100_000 + "\n"):
+        (mine / "metrics.jsonl").write_text(text)
+        fails(r"metrics\.jsonl, line 1 is damaged", *again, "--out", mine)
+
+
+def test_one_directory_by_two_names(my_weights, data_dir, tmp_path, monkeypatch):
+    "A run goes on if its starting weights are the same directory, however it is written."
+    monkeypatch.chdir(tmp_path)
+    again = ["run", "S1", *quick, "--data", str(data_dir), "--out", "run"]
+    assert main([*again, "--init", "weights"]) == 0
+    assert main([*again, "--init", "./weights", "--resume"]) == 0
+    assert main([*again, "--init", str(my_weights), "--resume"]) == 0
+    my_weights.rename(tmp_path / "minilm")
+    assert main([*again, "--init", "./minilm", "--resume"]) == 1
+
+
 def test_an_output_that_exists(data_dir, run_dir, tmp_path, fails):
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
     here = ["--data", data_dir, "--out"]
@@ -487,6 +548,37 @@ def test_a_locale_or_pipe_that_is_narrow(data_dir):
     for call in (f"{start} recipes | true", f"{start} data --dir '{data_dir}' | head -1"):
         got = run("sh", "-c", call)
         assert (got.returncode, got.stderr) == (0, ""), got.stderr
+
+
+def test_devices_and_folders_of_the_system(data_dir, run_dir, tmp_path):
+    "Predictions through a pipe; a working directory that is gone."
+    call = f"'{PROGRAM}' predict '{run_dir}' sst '{data_dir}/ids-sst-dev.csv' /dev/stdout | cat"
+    got = run("sh", "-c", call)
+    header, *rows = csv.reader(got.stdout.splitlines())
+    assert header == ["id", "Predicted_Sentiment"] and len(rows) == 120, got.stderr
+    (tmp_path / "gone").mkdir()
+    got = run("sh", "-c", f"rmdir ../gone; '{PROGRAM}' data --dir '{data_dir}'",
+              cwd=tmp_path / "gone")
+    assert got.returncode == 1
+    is_one_line(got.stderr, "current directory is gone")
+
+
+def test_values_that_are_none(data_dir, tmp_path, fails, monkeypatch, capsys):
+    "What argparse takes for an empty list, zero bytes, and a home that no shell has put in."
+    for value in ("--device=--", "--epochs=--", "--out=--", "--out=a\0b"):
+        assert main(["run", "S1", *quick, "--data", str(data_dir), value]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "S1", *quick, "--data", str(data_dir), "--out=~/here"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+    fails(r"seeds is 'x'", "sweep", "S1", "--seeds", "x", "--data", tmp_path / "nowhere")
+    fails(r"seed is -1", "sweep", "S1", "--seeds=-1", "--data", tmp_path / "nowhere")
+
+
+def test_reading_without_cfimdb(data_dir, tmp_path, fails):
+    fails(r"ids-cfimdb-train\.csv.*data --cfimdb", "pretrain", "mlm", tmp_path / "run",
+          "--preset", "pocket", "--data", data_dir)
 
 
 def test_a_linked_folder_of_data(my_data, tmp_path, capsys):
