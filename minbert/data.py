@@ -6,14 +6,13 @@
 __all__ = ['tasks', 'main_tasks', 'task_colors', 'published', 'registry', 'pinned', 'Corpus', 'pocket', 'load_tasks', 'overlap',
            'best_threshold', 'floors', 'pocket_vocab', 'Encoded', 'encode', 'Batch', 'collate', 'order']
 
-# %% ../nbs/00_data.ipynb #fe314d96
-import hashlib
+# %% ../nbs/00_data.ipynb #ee21f63a
 import os
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -104,62 +103,11 @@ class Corpus:
                 raise UserError(f"there is no task {name!r}; there are {', '.join(self.rows)}")
         return replace(self, rows={name: self.rows[name] for name in names})
 
-# %% ../nbs/00_data.ipynb #d77fbfc4
-_adjectives = {"dreadful": 0, "painful": 0, "dull": 1, "clumsy": 1, "watchable": 2, "ordinary": 2,
-               "warm": 3, "clever": 3, "brilliant": 4, "dazzling": 4}
-_films = ["film", "comedy", "thriller", "story", "script", "documentary", "romance", "ending"]
-_skills = ["learn {}", "practise {}", "get better at {}", "improve my {}"]
-_topics = ["chess", "french", "cooking", "python", "drawing", "swimming", "algebra", "guitar",
-           "writing", "running"]
-_asks = ["how do i {}?", "what is the best way to {}?", "how can i {}?", "what should i do to {}?"]
-_others = ["why is {} so hard?", "who invented {}?", "is {} good for children?",
-           "where did {} come from?"]
-_scene = (["young", "old", "tall", "happy"], ["man", "woman", "dog", "cat", "child"],
-          ["walks", "runs", "sleeps", "plays"], ["park", "garden", "street", "house", "kitchen"])
-
-def _make_opinion(r):
-    "A film opinion and its grade."
-    word, film = r.choice(list(_adjectives)), r.choice(_films)
-    grade, how = _adjectives[word], r.choice(["", "really ", "rather "])
-    if r.random() < .2:
-        return (f"the {film} is not {how}{word} .",), float(min(max(4 - grade, 1), 3))
-    return (f"{r.choice(['a', 'what a', 'this is a'])} {how}{word} {film} .",), float(grade)
-
-def _make_questions(r):
-    "Two questions, and whether they ask the same."
-    skill, topic = r.choice(_skills), r.choice(_topics)
-    first = r.choice(_asks).format(skill.format(topic))
-    if r.random() < .4:
-        return (first, r.choice(_asks).format(r.choice(_skills).format(topic))), 1.0
-    other = r.choice([t for t in _topics if t != topic])
-    second = [r.choice(_asks).format(skill.format(other)), r.choice(_others).format(topic)]
-    return (first, r.choice(second)), 0.0
-
-def _make_scenes(r):
-    "Two scenes, and how much they share."
-    a = [r.choice(part) for part in _scene]
-    b = [w if r.random() < .55 else r.choice([v for v in part if v != w])
-         for w, part in zip(a, _scene)]
-    frame = "a {} {} {} in the {} ."
-    return (frame.format(*a), frame.format(*b)), 1.25 * sum(x == y for x, y in zip(a, b))
-
-def pocket(
-    seed:int=0, # of the grammar's choices
-    sizes={"train": 320, "dev": 120, "test": 60}, # examples per task and split
-) -> dict[str, dict[str, Rows]]: # task → split → rows; test rows have no labels
-    "Make the pocket corpus: small, seeded, and only for machines without the real data."
-    corpus = {}
-    for name, make in zip(main_tasks, (_make_opinion, _make_questions, _make_scenes)):
-        r, corpus[name] = random.Random(f"{name}-{seed}"), {}
-        for split, n in sizes.items():
-            made = [make(r) for _ in range(n)]
-            texts, labels = zip(*made)
-            sha256 = hashlib.sha256(repr((texts, labels)).encode()).hexdigest()
-            ids = [f"pocket-{name}-{split}-{i}" for i in range(n)]
-            labels = None if split == "test" else np.array(labels)
-            corpus[name][split] = Rows(tasks[name], split, ids, list(texts), labels, "pocket",
-                                       sha256)
-    return corpus
+# %% ../nbs/00_data.ipynb #1c70e90e
+def pocket() -> dict[str, dict[str, Rows]]: # task → split → rows; test rows have no labels
+    "The sentences that were written for this project."
+    place = Path(find_spec("minbert").origin).parent / "pocket"
+    return {name: read_splits(tasks[name], place.joinpath) for name in main_tasks}
 
 # %% ../nbs/00_data.ipynb #e9d0f2a5
 published = ("https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/"
@@ -181,7 +129,7 @@ ids-cfimdb-test-student.csv sha256:7ae611548c9eac879e9ebb406cc9f8ae68ff12f78090e
 registry = dict(line.split() for line in _hashes.split("\n") if line)
 pinned = {pin.removeprefix("sha256:") for pin in registry.values()}
 
-# %% ../nbs/00_data.ipynb #a692fdef
+# %% ../nbs/00_data.ipynb #d84ca5d4
 def load_tasks(
     source:str|Path="auto", # a task file or a directory, "auto" (see above) or "pocket"
     names:Sequence[str]|None=None, # tasks; by default all of a task file, else the main ones
@@ -211,7 +159,7 @@ def _find_data(names, fallback):
         if fallback != "pocket":
             raise
         log.warning("no data here, and none could be fetched: "
-                    "using the pocket corpus, a small made-up stand-in")
+                    "using the pocket corpus, a small stand-in")
         return "pocket"
 
 def _find_handout(directory, names):
@@ -337,8 +285,8 @@ def _count_repeats(rows, train):
     return {"task": rows.task.name, "split": rows.split, "rows": len(rows),
             "repeats inside": len(keys) - len(set(keys)), "also in train": shared}
 
-# %% ../nbs/00_data.ipynb #c072ec38
-def pocket_vocab() -> list[str]: # about 300 tokens
+# %% ../nbs/00_data.ipynb #bed9fe0d
+def pocket_vocab() -> list[str]: # some 3,000 tokens
     "A vocabulary that spells any ASCII text and knows the pocket corpus's words."
     letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
     texts = []

@@ -1,6 +1,5 @@
 """What the tests share: the program, small data, a trained run, copies, a web server."""
 import contextlib
-import csv
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ import torch
 from away import away # noqa: F401 (a fixture)
 from minbert.bert import BertModel
 from minbert.cli import main
-from minbert.data import pocket
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -62,36 +60,11 @@ def fails(capsys):
     return check
 
 
-def cells_of(rows):
-    "The label column as the handout writes it."
-    task = rows.task
-    if task.kind == "score":
-        return [f"{x:g}" for x in rows.labels]
-    return [task.labels[int(x)] for x in rows.labels]
-
-
-def write_rows(path, rows):
-    "A file of the handout: tabs, an unnamed first column, in test files one more called 0."
-    task = rows.task
-    extra = ["0", ""] if rows.labels is None else [""]
-    columns = [("id", rows.ids), *zip(task.text, zip(*rows.texts))]
-    if rows.labels is not None:
-        columns.append((task.label, cells_of(rows)))
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        w = csv.writer(f, delimiter="\t", lineterminator="\n")
-        w.writerow([*extra, *(name for name, _ in columns)])
-        for k, row in enumerate(zip(*(cells for _, cells in columns))):
-            w.writerow([*[k] * len(extra), *row])
-
-
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     "The pocket corpus as the handout's files."
-    folder = tmp_path_factory.mktemp("data")
-    for splits in pocket().values():
-        for split, rows in splits.items():
-            write_rows(folder / getattr(rows.task, split), rows)
-    return folder
+    pocket = ROOT / "minbert" / "pocket"
+    return shutil.copytree(pocket, tmp_path_factory.mktemp("data") / "pocket")
 
 
 @pytest.fixture
