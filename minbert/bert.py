@@ -21,7 +21,7 @@ from .attention import SelfAttention
 from .checkpoints import read_checkpoint, whole_directory, write_checkpoint
 from .core import UserError, log
 
-# %% ../nbs/02_bert.ipynb #ba9b6ea6
+# %% ../nbs/02_bert.ipynb #871cbeac
 activations = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class BertConfig:
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
 
+# %% ../nbs/02_bert.ipynb #83787a06
 _words = {"hidden_act": tuple(activations), "position_embedding_type": ("absolute",)}
 _shares = ("hidden_dropout_prob", "attention_probs_dropout_prob") # from 0 to below 1
 _small = {"initializer_range": 0, "layer_norm_eps": 1e-30} # smallest value; below 1
