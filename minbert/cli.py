@@ -607,7 +607,7 @@ def _print_reports(reports, as_json):
         found = [r.as_dict() for r in reports]
         print(json.dumps({"passed": all(reports), "reports": found}))
 
-# %% ../nbs/A9_cli.ipynb #102680e6
+# %% ../nbs/A9_cli.ipynb #35e01fe3
 def _demo_bert(init, corpus):
     "MiniLM, or, with a line that says so, the pocket model."
     from minbert.bert import BertModel
@@ -623,7 +623,7 @@ def _demo_bert(init, corpus):
         return BertModel.from_pretrained("pocket"), "pocket"
 
 def _demo_heads(bert, corpus):
-    "Classes for one text; for a pair the cosine of two, cut where the encoder's own cuts best."
+    "Classes for a text; for a pair the cosine of two, cut where the encoder's own cuts best."
     from minbert.data import best_threshold
     from minbert.heads import HeadConfig, encoder_cosine, head_for
     heads = []
@@ -649,7 +649,7 @@ def _demo_job(bert, init, corpus):
     data.sample = 200
     return install(model), data, TrainConfig(steps, rate, evals=3)
 
-# %% ../nbs/A9_cli.ipynb #703d2e68
+# %% ../nbs/A9_cli.ipynb #07c5eb64
 _floors = ("commonest", "shared words", "encoder's cosine")
 
 def _floor_answers(corpus, name):
@@ -687,7 +687,7 @@ def _demo_line(task, labels, floors, trained):
 def _verdict(gain, error):
     "The difference to the best floor in words."
     if abs(gain) <= error:
-        return "level with its best floor"
+        return "above, by less than the error" if gain > 0 else "level with its best floor"
     return "above every floor" if gain > 0 else "BELOW its best floor"
 
 def _demo_table(corpus, before, out):

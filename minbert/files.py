@@ -532,7 +532,7 @@ def digest(
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     return hashlib.sha256(data).hexdigest()
 
-# %% ../nbs/A2_files.ipynb #c25cb0dd
+# %% ../nbs/A2_files.ipynb #2df86f32
 def fetch(
     directory:str|Path, # where the files go; those that are there and whole are not fetched again
     url:str, # address of the folder that holds the files
@@ -580,7 +580,7 @@ def _ask(url, seconds=5):
     import requests
     def ask():
         "One small question."
-        with suppress(requests.RequestException):       # a refusal is an answer, too
+        with suppress(requests.RequestException):   # a refusal is an answer, too
             requests.head(url, timeout=2 * seconds)
     asked = Thread(target=ask, daemon=True)
     asked.start()
