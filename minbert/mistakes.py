@@ -125,7 +125,7 @@ def _masked(score, mask, wrong):
     mask = mask.mT if "queries" in wrong else mask
     return score.masked_fill(~mask, torch.finfo(score.dtype).min)
 
-# %% ../nbs/A8b_mistakes.ipynb #10f15d5d
+# %% ../nbs/A8b_mistakes.ipynb #e7f6c60a
 _bert = "02_bert#"
 _block = _bert + "The stack, and the model"
 
@@ -230,7 +230,7 @@ class _Plain:
 
     def layer(self, i, x, mask):
         "One layer."
-        name = f"encoder.layer.{0 if 'first layer' in self.wrong else i}"
+        name = "encoder.layer.0" if "first layer" in self.wrong else f"encoder.layer.{i}"
         y = self.attend(f"{name}.attention.self", x, mask)
         x = self.finish(f"{name}.attention.output", y, x, "no output dense" not in self.wrong)
         act = F.relu if "relu" in self.wrong else F.gelu
