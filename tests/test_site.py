@@ -65,7 +65,7 @@ def pages(site):
 
 
 def test_no_warnings_but_the_known_ones(rendered):
-    known = ("execute.enabled", "html-math-method", "lightbox", "output-file is not read", "metadata-files")      # Quarto's own, which smalldocs does not have
+    known = ("execute.enabled", "html-math-method", "lightbox", "output-file is not read", "metadata-files", "unknown key bibliography")      # Quarto's own, which smalldocs does not have
     notes = [x for x in rendered if x.startswith("warning") and not any(k in x for k in known)]
     assert not notes, "\n".join(notes)
 
