@@ -89,7 +89,7 @@ def command_recipes(
     for row, note in table.note.items():
         print(f"  {row:<4} {note}")
 
-# %% ../nbs/A9_cli.ipynb #9c13be43
+# %% ../nbs/A9_cli.ipynb #a2d79db8
 @command
 def command_run(
     row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own
@@ -112,9 +112,9 @@ def command_run(
     _number("epochs", epochs, 10_000)
     _number("limit", limit, 2**63)
     out = Path(out or f"runs/{row}-{preset}-s{seed}")
-    names = _all_texts(data) if recipe.pretrain else main_tasks    # whose texts are read before
+    corpus = _all_texts(data) if recipe.pretrain else load_tasks(data, main_tasks)
     setup = Setup(preset, seed, init, epochs or None, device, 20 if atlas else 0)
-    result = run_row(row, out, load_tasks(data, names).limit(limit), setup, resume)
+    result = run_row(row, out, corpus.limit(limit), setup, resume)
     _ended(result, out)
 
 def _ended(result, out):
@@ -277,7 +277,7 @@ def _task_job(corpus, choice):
     config = TrainConfig(steps, rate, schedule="linear", seed=choice["seed"], evals=4)
     return model.to(device), data, config, plugs
 
-# %% ../nbs/A9_cli.ipynb #ae8106f1
+# %% ../nbs/A9_cli.ipynb #9054107f
 @command
 def command_pretrain(
     kind:str, # mlm (masked language modelling) or rtd (replaced token detection, as in ELECTRA)
@@ -297,7 +297,6 @@ def command_pretrain(
 
     from minbert.bert import BertModel
     from minbert.core import pick_device
-    from minbert.data import load_tasks
     from minbert.electra import pretraining
     from minbert.mlm import reading_presets
     from minbert.recipes import get_preset
@@ -307,7 +306,7 @@ def command_pretrain(
     _number("seed", seed)
     _number("steps", steps)
     much = replace(much, whole_words=whole_words, steps=steps or much.steps)
-    corpus = load_tasks(data, _all_texts(data))
+    corpus = _all_texts(data)
     bert = BertModel.from_pretrained(start).to(pick_device(device))
     model, texts, config = pretraining(bert, corpus, kind, sharing, much, seed, start)
     got = train(out, model, texts, TrainConfig(**config), resume=resume)
@@ -316,9 +315,14 @@ def command_pretrain(
     print(json.dumps({k: v for k, v in got.items() if isinstance(v, (int, float, str))}))
 
 def _all_texts(data):
-    "The tasks whose texts are read: every task of a task file, all of the handout's."
-    from minbert.data import tasks
-    return None if str(data).endswith(".toml") or data == "pocket" else tuple(tasks)
+    "What is read before: every task of a task file, all of the handout's."
+    from minbert.core import UserError
+    from minbert.data import load_tasks, tasks
+    own = str(data).endswith(".toml") or data == "pocket"
+    try:
+        return load_tasks(data, None if own else tuple(tasks))
+    except UserError as e: # the plain command would not ask for all of these files
+        raise UserError(str(e).replace("'minbert data'", "'minbert data --cfimdb'")) from None
 
 # %% ../nbs/A9_cli.ipynb #21002404
 def _numbers(text, name):
