@@ -89,7 +89,7 @@ def command_recipes(
     for row, note in table.note.items():
         print(f"  {row:<4} {note}")
 
-# %% ../nbs/A9_cli.ipynb #9c13be43
+# %% ../nbs/A9_cli.ipynb #a2d79db8
 @command
 def command_run(
     row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own
@@ -112,9 +112,9 @@ def command_run(
     _number("epochs", epochs, 10_000)
     _number("limit", limit, 2**63)
     out = Path(out or f"runs/{row}-{preset}-s{seed}")
-    names = _all_texts(data) if recipe.pretrain else main_tasks    # whose texts are read before
+    corpus = _all_texts(data) if recipe.pretrain else load_tasks(data, main_tasks)
     setup = Setup(preset, seed, init, epochs or None, device, 20 if atlas else 0)
-    result = run_row(row, out, load_tasks(data, names).limit(limit), setup, resume)
+    result = run_row(row, out, corpus.limit(limit), setup, resume)
     _ended(result, out)
 
 def _ended(result, out):
@@ -126,7 +126,7 @@ def _ended(result, out):
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #c30d4c25
+# %% ../nbs/A9_cli.ipynb #eb4f9e29
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -143,12 +143,16 @@ def command_train(
     resume:bool=False, # go on with the run in that directory
 ):
     "Fine-tune one BERT on your own tasks."
+    from minbert.core import UserError
     from minbert.data import load_tasks
     from minbert.runs import RunDir, train
     _number("seed", seed)
     _number("epochs", epochs, 10_000)
     _number("rate", rate, 1)
     _number("smart", smart, 1e6)
+    if tasks.endswith((".csv", ".tsv", ".txt")):
+        raise UserError(f"{tasks} is a table: name it in a task file (NAME.toml), "
+                        "as chapter 16 shows")
     out = Path(out or f"runs/{Path(tasks).stem}")
     RunDir(out).check(resume)
     corpus = load_tasks(tasks)
@@ -156,6 +160,7 @@ def command_train(
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
     result = train(out, *_task_job(corpus, choice), resume=resume)
     _predict_tests(out, corpus, device)
+    _write_card(out, corpus, result, init)
     _ended(result, out)
 
 def _predict_tests(out, corpus, device):
@@ -165,6 +170,48 @@ def _predict_tests(out, corpus, device):
     model = _open(out, device) if tests else None
     for t, rows in tests.items():
         _write_answers(out / f"test-{t}.csv", model, t, rows)
+
+_card = """---
+tags: [bert, multi-task]
+---
+# {name}
+
+One BERT, started from {init}, with a head for each of these tasks. Trained for {steps} steps
+with seed {seed}; data {data}.
+
+| task | kind | answers | training rows | dev rows | score | best floor |
+|---|---|---|---|---|---|---|
+{lines}
+
+The floors need no model: the commonest label, and the words that two texts share.
+
+    from minbert.heads import MultitaskBert
+    MultitaskBert.from_pretrained("{name}").predict("{task}", {example})
+
+The encoder alone opens with AutoModel.from_pretrained of transformers. What the texts are, where
+they come from, and what the model should not be used for: please write it here.
+"""
+
+def _write_card(out, corpus, result, init):
+    "The model card, model/README.md, with what the run knows; one that is there stays."
+    from minbert.core import write_atomic
+    from minbert.data import floors
+    card = out / "model" / "README.md"
+    if card.exists():
+        return
+    best, lines = floors(corpus).max(), []
+    task = next(iter(corpus.tasks.values()))
+    example = '[("...", "...")]' if task.pair else '["..."]'
+    for name, t in corpus.tasks.items():
+        answers = ", ".join(t.labels[:6]) or f"{t.low:g} to {t.high:g}"
+        counts = (len(corpus[name][s]) for s in ("train", "dev"))
+        cells = [name, t.kind, answers, *counts, f"{t.metric} {result['dev'][name]:.3f}",
+                 f"{best[name]:.3f}"]
+        lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
+    write_atomic(card, _card.format(
+        name=out.name, init=init, steps=result["steps"], seed=result["seed"],
+        data=result["data_fingerprint"], lines="\n".join(lines), task=task.name,
+        example=example))
 
 def _usual_rate(width):
     "A peak learning rate that is usual for an encoder of so many dimensions."
@@ -230,7 +277,7 @@ def _task_job(corpus, choice):
     config = TrainConfig(steps, rate, schedule="linear", seed=choice["seed"], evals=4)
     return model.to(device), data, config, plugs
 
-# %% ../nbs/A9_cli.ipynb #ae8106f1
+# %% ../nbs/A9_cli.ipynb #9054107f
 @command
 def command_pretrain(
     kind:str, # mlm (masked language modelling) or rtd (replaced token detection, as in ELECTRA)
@@ -250,7 +297,6 @@ def command_pretrain(
 
     from minbert.bert import BertModel
     from minbert.core import pick_device
-    from minbert.data import load_tasks
     from minbert.electra import pretraining
     from minbert.mlm import reading_presets
     from minbert.recipes import get_preset
@@ -260,7 +306,7 @@ def command_pretrain(
     _number("seed", seed)
     _number("steps", steps)
     much = replace(much, whole_words=whole_words, steps=steps or much.steps)
-    corpus = load_tasks(data, _all_texts(data))
+    corpus = _all_texts(data)
     bert = BertModel.from_pretrained(start).to(pick_device(device))
     model, texts, config = pretraining(bert, corpus, kind, sharing, much, seed, start)
     got = train(out, model, texts, TrainConfig(**config), resume=resume)
@@ -269,9 +315,14 @@ def command_pretrain(
     print(json.dumps({k: v for k, v in got.items() if isinstance(v, (int, float, str))}))
 
 def _all_texts(data):
-    "The tasks whose texts are read: every task of a task file, all of the handout's."
-    from minbert.data import tasks
-    return None if str(data).endswith(".toml") or data == "pocket" else tuple(tasks)
+    "What is read before: every task of a task file, all of the handout's."
+    from minbert.core import UserError
+    from minbert.data import load_tasks, tasks
+    own = str(data).endswith(".toml") or data == "pocket"
+    try:
+        return load_tasks(data, None if own else tuple(tasks))
+    except UserError as e: # the plain command would not ask for all of these files
+        raise UserError(str(e).replace("'minbert data'", "'minbert data --cfimdb'")) from None
 
 # %% ../nbs/A9_cli.ipynb #21002404
 def _numbers(text, name):
@@ -481,7 +532,7 @@ def command_bench(
         write_atomic(json, dumps(got) + "\n")
     print(*bench_summary(got), sep="\n")
 
-# %% ../nbs/A9_cli.ipynb #572655fa
+# %% ../nbs/A9_cli.ipynb #ff625804
 def _scored(model, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
     from minbert.core import UserError
@@ -525,7 +576,7 @@ def command_evaluate(
     lines = [f"{t:<16} {c.task.metric:<9} {scores[t]:6.3f}" + _macro(scores, t)
              for t, c in model.configs.items() if t in scores]
     _show("\n".join(lines), {k: round(v, 6) for k, v in scores.items()},
-          json or not sys.stdout.isatty())
+          json or not (sys.stdout and sys.stdout.isatty()))
 
 def _macro(scores, task):
     "Macro F1 beside an accuracy: a rare label counts as much as a common one."
@@ -541,6 +592,9 @@ def _open(run, device):
 def _config(model, task):
     "A task's head, or one line that says what is there."
     from minbert.core import UserError
+    if not task:
+        raise UserError("this model has several tasks: say with --task whose file it is, "
+                        + " or ".join(model.configs))
     if task not in model.configs:
         raise UserError(f"no head for {task!r}: this model knows {', '.join(model.configs)}")
     return model.configs[task]
@@ -856,7 +910,7 @@ def _expand(value):
     home = isinstance(value, str) and value.startswith("~")
     return os.path.expanduser(value) if home else value
 
-# %% ../nbs/A9_cli.ipynb #7a626d08
+# %% ../nbs/A9_cli.ipynb #f9125d57
 class _Plain(logging.Handler):
     "Log records as plain lines on standard error, whatever that is at the moment."
     def emit(self, record):
@@ -870,7 +924,8 @@ def _guarded(f, args):
     log.handlers[:] = [_Plain()]
     try:
         code = f(**args) or 0
-        sys.stdout.flush()
+        if sys.stdout: # None for a program without a console
+            sys.stdout.flush()
     except UserError as e:
         _say("minbert: " + " ".join(str(e).split()))
         return 1

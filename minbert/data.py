@@ -129,7 +129,7 @@ ids-cfimdb-test-student.csv sha256:7ae611548c9eac879e9ebb406cc9f8ae68ff12f78090e
 registry = dict(line.split() for line in _hashes.split("\n") if line)
 pinned = {pin.removeprefix("sha256:") for pin in registry.values()}
 
-# %% ../nbs/00_data.ipynb #f9458039
+# %% ../nbs/00_data.ipynb #d84ca5d4
 def load_tasks(
     source:str|Path="auto", # a task file or a directory, "auto" (see above) or "pocket"
     names:Sequence[str]|None=None, # tasks; by default all of a task file, else the main ones
@@ -184,9 +184,7 @@ def _read_handout(directory, names):
     for name in names:
         for f in (tasks[name].train, tasks[name].dev):
             if f not in found:
-                option = "" if name in main_tasks else " --cfimdb"
-                raise UserError(f"{directory}: no {f} below it; 'minbert data{option}' "
-                                "says what is needed")
+                raise UserError(f"{directory}: no {f} below it; 'minbert data' says what is needed")
     rows = {name: read_splits(tasks[name], found.get, pinned) for name in names}
     return Corpus(rows, "handout")
 

@@ -6,7 +6,7 @@
 __all__ = ['Table', 'read_table', 'write_table', 'Task', 'Rows', 'read_rows', 'read_toml', 'read_tasks', 'read_splits',
            'find_below', 'digest', 'fetch', 'cache_dir', 'checkouts', 'fingerprint']
 
-# %% ../nbs/A2_files.ipynb #19736094
+# %% ../nbs/A2_files.ipynb #28688312
 import csv
 import hashlib
 import importlib.util
@@ -15,7 +15,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -33,7 +33,7 @@ class Table(NamedTuple):
     rows: list[list[str]] # as many cells as the header has
     sha256: str # of the file's bytes
 
-# %% ../nbs/A2_files.ipynb #7cf13c90
+# %% ../nbs/A2_files.ipynb #418ff052
 def _read_text(path):
     "A file's text and bytes; the first bad byte is named with its row."
     try:
@@ -48,6 +48,15 @@ def _read_text(path):
         raise UserError(f"{path}: row {row} is not UTF-8 (byte 0x{byte:02x}); "
                         "save the file as UTF-8") from None
 
+@contextmanager
+def _any_length():
+    "Inside, a cell may be longer than the 131,072 characters that csv allows."
+    old = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(old)
+
 def _find_delimiter(line, need):
     "Tab, comma or semicolon, by the header line."
     def suits(delimiter):
@@ -56,12 +65,11 @@ def _find_delimiter(line, need):
         return all(c in cells for c in need), line.count(delimiter)
     return max("\t,;", key=suits)
 
-# %% ../nbs/A2_files.ipynb #b371f4a1
+# %% ../nbs/A2_files.ipynb #313925fa
 def _read_records(path, lines, delimiter):
     "Each record's cells and lines; a quote that does not close names the row where it opens."
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    found, old_limit = [], csv.field_size_limit(2**31 - 1)
-    start = 0
+    found, start = [], 0
     try:
         for cells in reader:
             found.append((cells, lines[start:reader.line_num]))
@@ -70,8 +78,6 @@ def _read_records(path, lines, delimiter):
         where = f"row {len(found)}" if found else "the header"
         raise UserError(f"{path}, {where}: a quote opens here and is not closed properly; "
                         "a quote inside a cell is written twice, and the cell in quotes") from None
-    finally:
-        csv.field_size_limit(old_limit)
     return found
 
 def _check_record(where, cells, lines, width, delimiter):
@@ -96,7 +102,7 @@ def _check_header(path, header, need):
     if doubled:
         raise UserError(f"{path}: two columns are called {doubled[0]!r}")
 
-# %% ../nbs/A2_files.ipynb #efb50142
+# %% ../nbs/A2_files.ipynb #1f355bb6
 def read_table(
     path:str|Path, # separated by tabs, commas or semicolons
     need:Sequence[str]=(), # columns that must be there
@@ -111,8 +117,9 @@ def read_table(
         del lines[-1]
     if not lines:
         raise UserError(f"{path}: the file is empty")
-    delimiter = _find_delimiter(lines[0], need)
-    (header, _), *records = _read_records(path, lines, delimiter)
+    with _any_length():
+        delimiter = _find_delimiter(lines[0], need)
+        (header, _), *records = _read_records(path, lines, delimiter)
     header = tuple(c.strip() for c in header)
     _check_header(path, header, need)
     for n, (cells, own) in enumerate(records, 1):

@@ -228,7 +228,7 @@ def _put_back(part, state):
     else:
         part.load_state_dict(state)
 
-# %% ../nbs/A6_runs.ipynb #020ba8bd
+# %% ../nbs/A6_runs.ipynb #9625ae30
 class RunDir:
     "A run's files."
     def __init__(self,
@@ -346,9 +346,9 @@ def _differences(old, new, prefix=""):
 
 def _same_folder(key, was, value):
     "Whether two names of starting weights are one directory; minilm and ./minilm are not."
-    built_in = {was, value} & {"minilm", "pocket"}
-    return (key == "init" and isinstance(was, str) and not built_in and os.path.isdir(value)
-            and os.path.realpath(was) == os.path.realpath(value))
+    if key != "init" or not isinstance(was, str) or {was, value} & {"minilm", "pocket"}:
+        return False
+    return os.path.isdir(value) and os.path.realpath(was) == os.path.realpath(value)
 
 # %% ../nbs/A6_runs.ipynb #b9400ad9
 @patch
@@ -624,7 +624,7 @@ def _hash_of(ids):
     "What tells these rows, in this order, from others."
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
-# %% ../nbs/A6_runs.ipynb #546da635
+# %% ../nbs/A6_runs.ipynb #1c8e4f76
 def stored_answers(
     path:str|Path, # NAME-dev-TASK.csv.gz of the collection
     ids:list[str], # of the rows that are meant, in their order
@@ -635,7 +635,10 @@ def stored_answers(
     except (OSError, EOFError, ValueError, zlib.error) as e:
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or 'damaged'}") from None
     first, _, rest = text.partition("\n")
-    values = [row[0] for row in csv.reader(io.StringIO(rest, newline="")) if row]
+    try:
+        values = [row[0] for row in csv.reader(io.StringIO(rest, newline="")) if row]
+    except csv.Error:
+        raise UserError(f"{path}: damaged") from None
     if not first.startswith("ids sha256 ") or len(values) != len(ids):
         raise UserError(f"{path} holds {len(values)} predictions, not {len(ids)}")
     if first.split()[-1] != _hash_of(ids):

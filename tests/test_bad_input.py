@@ -75,6 +75,8 @@ breaks = {
     "duplicate id": (SST, cell(8, 1, "pocket-sst-train-1"),
                      of(SST, ", row 8: id 'pocket-sst-train-1'.*row 2")),
     "empty id": (SST, cell(8, 1, " "), of(SST, ", row 8: empty id")),
+    "header of any length": (SST, lambda lines: [lines[0] + "x" * 140_000, *lines[1:]],
+                             of(SST, ".*no column 'sentiment'")),
     "quote that is never closed": (SST, cell(9, -2, '"' + "a dull film . " * 20_000),
                                    of(SST, ", row 9: a quote")),
     "quote that swallows rows": (SST, lambda lines: cell(12, -2, 'so they said" .')(

@@ -114,6 +114,24 @@ def test_one_task_with_names_for_labels(topic, tmp_path, capsys):
     assert model.predict("topic", ["a", "b"], probabilities=True).shape == (2, 3)
 
 
+def test_a_test_file_is_answered_and_a_card_is_written(topic, alike, tmp_path):
+    "Rows without labels, as predict answers them; the card holds the scores and stays."
+    write(tmp_path / "new.csv", ("title",), [(text,) for text, _ in headlines(7, 2)])
+    tasks = task_file(tmp_path, topic={**topic, "test": "new.csv"}, alike=alike)
+    got = trained(tasks, tmp_path / "run", "--epochs", "2")
+    answers = predicted(tmp_path / "run", "topic", tmp_path / "new.csv", tmp_path)
+    assert len(answers) == 7 and not (tmp_path / "run" / "test-alike.csv").exists()
+    written = (tmp_path / "run" / "test-topic.csv").read_text()
+    assert written == (tmp_path / "answers.csv").read_text()
+    card = tmp_path / "run" / "model" / "README.md"
+    assert f"accuracy {got['dev']['topic']:.3f}" in card.read_text()
+    card.write_text("mine")
+    (tmp_path / "run" / "test-topic.csv").unlink()
+    trained(tasks, tmp_path / "run", "--epochs", "2", "--resume")
+    assert card.read_text() == "mine"
+    assert (tmp_path / "run" / "test-topic.csv").read_text() == written
+
+
 def test_a_pair_with_a_score_on_another_range(alike, tmp_path):
     "Answers stay in the range; dev is a share of train by its texts, the same each time."
     tasks, out = task_file(tmp_path, alike=alike), tmp_path / "run"
@@ -254,6 +272,7 @@ def test_a_call_that_is_wrong(topic, tmp_path, fails):
              "batch of every task": ["--method", "mgda", "--mixing", "round_robin"]}
     for words, more in calls.items():
         fails(words, "train", tasks, "--out", out, *quick, *more)
+    fails(r"topics\.csv is a table", "train", tmp_path / "topics.csv")
     fails(r"nowhere\.toml", "train", tmp_path / "nowhere.toml", "--out", out)
     (tmp_path / "bad.toml").write_text("[tasks.topic\n")
     fails(r"not readable TOML", "train", tmp_path / "bad.toml", "--out", out)
