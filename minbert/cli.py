@@ -661,7 +661,7 @@ def _print_reports(reports, as_json):
         found = [r.as_dict() for r in reports]
         print(json.dumps({"passed": all(reports), "reports": found}))
 
-# %% ../nbs/A9_cli.ipynb #35e01fe3
+# %% ../nbs/A9_cli.ipynb #77ee75a7
 def _demo_bert(init, corpus):
     "MiniLM, or, with a line that says so, the pocket model."
     from minbert.bert import BertModel
@@ -676,31 +676,55 @@ def _demo_bert(init, corpus):
         _say(f"{e}; using the pocket model, a tiny random BERT")
         return BertModel.from_pretrained("pocket"), "pocket"
 
-def _demo_heads(bert, corpus):
-    "Classes for a text; for a pair the cosine of two, cut where the encoder's own cuts best."
+def _demo_heads(corpus):
+    "Classes for a single text; for a pair the cosine of two vectors."
+    from minbert.heads import HeadConfig, head_for
+    pair = {"pairs": "separate", "features": "cosine"}
+    return [HeadConfig(t, **pair) if t.pair else head_for(t) for t in corpus.tasks.values()]
+
+def _cut_cosines(model, train):
+    "Cut each yes-or-no task's cosine where that is best on some of its training rows."
+    from dataclasses import replace
+
     from minbert.data import best_threshold
-    from minbert.heads import HeadConfig, encoder_cosine, head_for
-    heads = []
-    for name, task in corpus.tasks.items():
-        rows, edge = corpus[name]["train"], .5
-        if task.binary and task.pair:
-            rows = rows.take(range(min(1000, len(rows))))
-            edge = float(best_threshold(encoder_cosine(bert, rows), rows.labels))
-        cosine = HeadConfig(task, "separate", features="cosine", threshold=min(max(edge, 0), 1))
-        heads.append(cosine if task.pair else head_for(task))
-    return heads
+    from minbert.heads import predict_logits
+    for name, head in model.configs.items():
+        if head.cosine and head.task.binary:
+            some = train[name].head(500)
+            edge = best_threshold(predict_logits(model, name, some).numpy(), some.rows.labels)
+            model.configs[name] = replace(head, threshold=float(min(max(edge, 0), 1)))
+
+def _demo_data(*args):
+    "Labelled tasks whose cosines are cut anew at every look: training moves them all."
+    from minbert.heads import MultitaskBert
+    from minbert.train import TaskData
+
+    class DemoData(TaskData):
+        "The same with the cuts."
+        sample = 200
+
+        def look(self, model):
+            _cut_cosines(model, self.splits["train"])
+            return super().look(model)
+
+        def finish(self, model, run):
+            model.configs = MultitaskBert.from_pretrained(run.path / "model").configs
+            return super().finish(model, run)
+
+    return DemoData(*args)
 
 def _demo_job(bert, init, corpus):
     "Settings that fit into a minute."
     from minbert.fast import install
     from minbert.mixing import round_robin
     from minbert.runs import TrainConfig
-    from minbert.train import TaskData, build
+    from minbert.train import build
     steps, rate = (300, 1e-3) if init == "pocket" else (150, 6e-5)
-    model, splits = build(bert, corpus, _demo_heads(bert, corpus), 64)
+    model, splits = build(bert, corpus, _demo_heads(corpus), 64)
+    _cut_cosines(model, splits["train"])
     info = {"row": "demo", "init": init, "data_fingerprint": corpus.fingerprint}
-    data = TaskData(splits, round_robin, dict.fromkeys(corpus.tasks, 16), 0, 200, info)
-    data.sample = 200
+    sizes = dict.fromkeys(corpus.tasks, 16)
+    data = _demo_data(splits, round_robin, sizes, 0, 200, info)
     return install(model), data, TrainConfig(steps, rate, evals=3)
 
 # %% ../nbs/A9_cli.ipynb #07c5eb64
@@ -757,7 +781,7 @@ def _demo_table(corpus, before, out):
     columns = ["task", "rows", *_floors, "trained", "over best floor", "verdict"]
     return pd.DataFrame(lines, columns=columns, index=list(corpus.tasks))
 
-# %% ../nbs/A9_cli.ipynb #f6f20206
+# %% ../nbs/A9_cli.ipynb #fe866f48
 def _demo_figure(path, log, floors):
     "Loss and score curves."
     import matplotlib
@@ -779,15 +803,17 @@ def _numbered(name):
     return next(p for p in (Path(f"{name}-{n}") for n in count(1)) if not p.exists())
 
 def _demo_corpus(data, rows):
-    "The main tasks, with so many dev rows each, and the data's own fingerprint."
+    "The main tasks, with so many dev rows each (chosen by chance, always the same ones)."
     from dataclasses import replace
+
+    from numpy.random import default_rng
 
     from minbert.data import load_tasks, main_tasks
     full = load_tasks(data, fallback="pocket").only(main_tasks)
     keep = {}
     for t, s in full.rows.items():
-        few = s["dev"].take(range(min(rows or 10**9, len(s["dev"]))))
-        keep[t] = {"train": s["train"], "dev": few}
+        some = default_rng(0).permutation(len(s["dev"]))[:rows or None]
+        keep[t] = {"train": s["train"], "dev": s["dev"].take(some)}
     return replace(full, rows=keep, limited=rows), full.fingerprint
 
 # %% ../nbs/A9_cli.ipynb #858cd504
