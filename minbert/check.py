@@ -457,7 +457,7 @@ def _call(f, values):
             return f(**{theirs: values[ours] for ours, theirs in known.items()})
     return f(*list(values.values())[:len(needed) or None])
 
-# %% ../nbs/A8_check.ipynb #d35d2bd1
+# %% ../nbs/A8_check.ipynb #732edc7e
 def _texts(b=2, h=2, n=4, d=3):
     "Queries, keys and values, always the same."
     g = torch.Generator().manual_seed(0)
@@ -521,7 +521,7 @@ def _fit_attention(f):
     found, errors = [], []
     for said, convert in _masks.items():
         try:
-            found.append((float(_influence(masked(convert))), said, masked(convert)))
+            found.append((_influence(masked(convert)).item(), said, masked(convert)))
         except Exception as e:
             errors.append(_where(e))
     if not found:
