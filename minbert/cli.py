@@ -348,7 +348,7 @@ def _batches_of_runs(todo):
     first = [x for x in todo if not recipes[x[0]].best_of]
     return [b for b in (first, [x for x in todo if x not in first]) if b]
 
-# %% ../nbs/A9_cli.ipynb #e6a572c1
+# %% ../nbs/A9_cli.ipynb #430eb455
 @command
 def command_sweep(
     row:Param("rows to run, such as E9 S3; default: every row", str, opt=False, nargs="*")=(),
@@ -399,7 +399,8 @@ def _sweep(todo, call, place, how):
 
     from minbert.runs import sweep
     failed = []
-    with tqdm(total=len(todo), unit="run", desc="sweep") as bar:
+    hidden = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    with tqdm(total=len(todo), unit="run", desc="sweep", disable=hidden or None) as bar:
         for part in _batches_of_runs(todo):
             for name, seed, got, error in sweep(part, call, place, *how):
                 bar.update()
