@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/01_attention.ipynb #c39479e2
+# %% ../nbs/01_attention.ipynb #ac1bf144
 def attention_weights(
     q:Tensor, # queries, (b, h, n, d/h)
     k:Tensor, # keys, (b, h, n, d/h)
     mask:Tensor|None=None, # True where a key may be seen; broadcasts to (b, h, n, n)
 ) -> Tensor: # (b, h, n, n); every row sums to one
     "How much each query looks at each key."
-    score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])     # (b, h, n, n)
+    score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])  # (b, h, n, n)
     if mask is not None:
         score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
     wide = torch.promote_types(score.dtype, torch.float32)
     return score.softmax(-1, dtype=wide).to(score.dtype)
 
-# %% ../nbs/01_attention.ipynb #2e0adc20
+# %% ../nbs/01_attention.ipynb #404d35d7
 def attention(
     q:Tensor, # queries, (b, h, n, d/h)
     k:Tensor, # keys, (b, h, n, d/h)
@@ -37,9 +37,9 @@ def attention(
     weight = attention_weights(q, k, mask)
     if dropout is not None:
         weight = dropout(weight)
-    return torch.einsum("bhij,bhjd->bhid", weight, v)                          # (b, h, n, d/h)
+    return torch.einsum("bhij,bhjd->bhid", weight, v)  # (b, h, n, d/h)
 
-# %% ../nbs/01_attention.ipynb #34c2af3a
+# %% ../nbs/01_attention.ipynb #90c9cda3
 class SelfAttention(nn.Module):
     "Every token of a text looks at every token of that text, with several heads at once."
     def __init__(self,
@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
         x:Tensor, # (b, n, d)
     ) -> tuple[Tensor, Tensor, Tensor]: # queries, keys, values, each (b, h, n, d/h)
         "Project, then give each head its own slice of the width."
-        q, k, v = self.query(x), self.key(x), self.value(x)                    # (b, n, d) each
+        q, k, v = self.query(x), self.key(x), self.value(x)  # (b, n, d) each
         return tuple(y.unflatten(-1, (self.h, -1)).transpose(1, 2) for y in (q, k, v))
 
     def forward(self,
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         "Ask, answer, collect; then put the heads side by side again."
         q, k, v = self.heads(x)
         if mask is not None:
-            mask = mask.bool()[:, None, None, :]                               # (b, 1, 1, n)
+            mask = mask.bool()[:, None, None, :]  # (b, 1, 1, n)
         p = self.dropout.p if self.training else 0.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-        return y.transpose(1, 2).flatten(2)                                    # (b, n, d)
+        return y.transpose(1, 2).flatten(2)  # (b, n, d)
