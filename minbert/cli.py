@@ -728,7 +728,7 @@ def _demo_job(bert, init, corpus):
     data = _demo_data(splits, round_robin, sizes, 0, 200, info)
     return install(model), data, TrainConfig(steps, rate, evals=3)
 
-# %% ../nbs/A9_cli.ipynb #07c5eb64
+# %% ../nbs/A9_cli.ipynb #b3e63f71
 _floors = ("commonest", "shared words", "encoder's cosine")
 
 def _floor_answers(corpus, name):
@@ -754,12 +754,13 @@ def _floor_answers(corpus, name):
 def _demo_line(task, labels, floors, trained):
     "A line of the demo's table: every score on the same rows, and what they say."
     from minbert.heads import metrics
-    from minbert.stats import bootstrap_difference
+    from minbert.stats import influence
     scores = {name: metrics[task.metric](x, labels) for name, x in floors.items()}
     best = max(scores, key=scores.get)
     scores["trained"] = metrics[task.metric](trained, labels)
     gain = scores["trained"] - scores[best]
-    error = bootstrap_difference(trained, floors[best], labels, task.metric).std()
+    pulls = [influence(x, labels, task.metric) for x in (trained, floors[best])]
+    error = (pulls[0] - pulls[1]).std() / len(labels)**.5 # paired: the same rows
     return {"task": task.title, "rows": len(labels), **scores,
             "over best floor": f"{gain:+.3f} ± {error:.3f}", "verdict": _verdict(gain, error)}
 
