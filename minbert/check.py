@@ -184,7 +184,7 @@ class _Kind(NamedTuple):
     bind: Callable|None = None # (ours, theirs) → ours with their weights
     small: tuple = () # (rows, columns, question about a small integer matrix, what it is)
 
-# %% ../nbs/A8_check.ipynb #d6bd55d8
+# %% ../nbs/A8_check.ipynb #b4d965f9
 @contextmanager
 def _seeded(seed):
     "Inside, all usual sources of chance start from a seed."
@@ -217,7 +217,7 @@ def _ask(probe, impl):
 def _where(e):
     "File, line, and what went wrong, as their author knows it."
     ours, python = (str(Path(inspect.getfile(x)).parent) for x in (UserError, traceback))
-    foreign = (ours, python, "site-packages", "dist-packages", "<frozen")
+    foreign = (ours, python, "-packages", "<frozen")
     frames = traceback.extract_tb(e.__traceback__)
     theirs = [f for f in frames if not any(part in f.filename for part in foreign)]
     said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
