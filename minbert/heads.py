@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pools', 'features', 'losses', 'metrics', 'model_files', 'Output', 'HeadConfig', 'head_for', 'decode', 'MultitaskBert',
-           'make_batch', 'accuracy', 'macro_f1', 'pearson', 'overall', 'predict_rows', 'encoder_cosine',
-           'encoder_floor', 'example_answers']
+           'make_batch', 'accuracy', 'macro_f1', 'pearson', 'overall', 'predict_logits', 'predict_rows',
+           'encoder_cosine', 'encoder_floor', 'example_answers']
 
 # %% ../nbs/04_heads.ipynb #13a74aa0
 import json
@@ -357,7 +357,7 @@ def _by_tokens(lengths, tokens=2048):
     return batches
 
 @torch.no_grad()
-def _predict_logits(
+def predict_logits(
     model:MultitaskBert, # in evaluation mode for the time being
     task:str, # name of a task
     encoded:Encoded, # a tokenised split
@@ -385,7 +385,7 @@ def predict_rows(
     progress=iter, # wraps the list of batches, for instance tqdm
 ) -> np.ndarray: # (rows,) class numbers, or scores
     "The answer for every row."
-    return decode(_predict_logits(model, task, encoded, progress), model.configs[task]).numpy()
+    return decode(predict_logits(model, task, encoded, progress), model.configs[task]).numpy()
 
 # %% ../nbs/04_heads.ipynb #82a12987
 def encoder_cosine(
@@ -395,7 +395,7 @@ def encoder_cosine(
     "Cosine of mean-pooled sentence vectors, without any training."
     head = HeadConfig(rows.task, "separate", features="cosine")
     encoded = encode(load_tokenizer(bert.vocab, bert.lowercase), rows)
-    return _predict_logits(MultitaskBert(bert, [head]), rows.task.name, encoded).numpy()
+    return predict_logits(MultitaskBert(bert, [head]), rows.task.name, encoded).numpy()
 
 # %% ../nbs/04_heads.ipynb #f93ff770
 def encoder_floor(
@@ -511,7 +511,7 @@ def predict(self:MultitaskBert,
     if not len(rows):
         return np.zeros((0, c.task.n_classes)) if probabilities else []
     tokenizer = load_tokenizer(self.bert.vocab, self.bert.lowercase)
-    logits = _predict_logits(self, task, encode(tokenizer, rows))
+    logits = predict_logits(self, task, encode(tokenizer, rows))
     answers = decode(logits, c)
     if not probabilities:
         return c.task.answers(answers.numpy())
