@@ -58,6 +58,12 @@ def stale():
     return why
 
 
+def is_bar(output):
+    "Whether an output is a progress bar: a widget that is dead once the run is over."
+    return bool(re.search(r"\[\d\d:\d\d[<,]", "".join(output.get("data", {}).get("text/plain", "")))
+                and "application/vnd.jupyter.widget-view+json" in output["data"])
+
+
 def execute(path):
     "Run one notebook in a kernel of its own, store its outputs; gives the stored files that it read."
     import nbformat
@@ -75,6 +81,7 @@ def execute(path):
     nb.cells = nb.cells[1:-1]
     for c in skip: c.cell_type = "code"
     for c in nb.cells:
+        if "outputs" in c: c["outputs"] = [o for o in c["outputs"] if not is_bar(o)]
         for o in c.get("outputs", []):
             if any(place and place in json.dumps(o) for place in (str(root), os.environ.get("MINBERT_DATA"))):
                 raise SystemExit(f"{path.name}: an output shows a path of this machine: {json.dumps(o)[:300]}")
