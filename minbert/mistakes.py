@@ -494,7 +494,7 @@ def _glue(texts):
     return [(x[:256] + y[:256], [0] * len(x[:256]) + [1] * len(y[:256])) for x, y in zip(a, b)]
 
 # %% ../nbs/A8b_mistakes.ipynb #5763cc58
-_surgery = "07_pcgrad#The projection"
+_surgery = "07_pcgrad#A small table is enough"
 
 @makes("pcgrad",
     mean=Mistake("takes the mean instead of the sum",
@@ -516,17 +516,17 @@ _surgery = "07_pcgrad#The projection"
         "The projection is (g_i·g_j)/‖g_j‖² g_j.", _surgery),
     summed=Mistake("does no surgery: it gives the plain sum",
         "One backward pass through the summed loss leaves nothing to project; "
-        "back-propagate one task at a time.", "07_pcgrad#The adapter"),
+        "back-propagate one task at a time.", "07_pcgrad#On a real model"),
     normalised=Mistake("brings all gradients to one length first",
         "PCGrad keeps the gradients' lengths.", _surgery),
     per_parameter=Mistake("projects every parameter by itself",
-        "The inner product runs over all shared parameters together.", "07_pcgrad#The adapter"),
+        "The inner product runs over all shared parameters together.", "07_pcgrad#On a real model"),
     heads=Mistake("counts the heads among the shared parameters",
         "A parameter that one task alone reaches keeps its own gradient and stays out of "
-        "the inner products.", "07_pcgrad#The adapter", "gdavidss/MinBERT: pcgrad.py"),
+        "the inner products.", "07_pcgrad#On a real model", "gdavidss/MinBERT: pcgrad.py"),
     no_heads=Mistake("leaves the heads without a gradient",
         "What one task alone trains keeps that task's gradient; here it is never updated.",
-        "07_pcgrad#The adapter"),
+        "07_pcgrad#On a real model"),
     zero=Mistake("divides by zero at a zero gradient",
         "A task whose gradient is zero conflicts with nobody; the result must stay finite.",
         _surgery),
@@ -754,10 +754,10 @@ _rtd = "11_electra#"
         _rtd + "The model"),
     argmax=Mistake("takes the likeliest token instead of a sample",
         "Samples (softmax at temperature 1) are harder to tell than the mode.",
-        _rtd + "A word drawn, not guessed"),
+        _rtd + "The game"),
     twice=Mistake("samples from the softmax of a softmax",
         "Gumbel noise and multinomial draws want logits or probabilities once; twice is almost "
-        "uniform.", _rtd + "A word drawn, not guessed",
+        "uniform.", _rtd + "The game",
         "lucidrains/electra-pytorch: electra_pytorch/electra_pytorch.py"),
     chosen_only=Mistake("leaves out the labels of tokens that were not chosen",
         "Every real token is judged; that is the point of the method.", _rtd + "The model"),
@@ -784,7 +784,7 @@ def make_rtd(
     return corrupt
 
 # %% ../nbs/A8b_mistakes.ipynb #8a8d7b19
-_table = "11_electra#A table and a half"
+_table = "11_electra#Three ways to share a table"
 
 @makes("gdes",
     no_stop=Mistake("does not stop the gradient",
