@@ -34,7 +34,7 @@ def cell_text(n, cell, files):
 
 def from_root(text):
     "Links to files beside the index, as they are seen from the root."
-    return re.sub(r"\]\((?=[\w-]+\.ipynb|thumbs/)", "](nbs/", text)
+    return re.sub(r"\]\((?=[\w-]+\.ipynb|thumb_)", "](nbs/", text)
 
 
 def badges():

@@ -1,4 +1,4 @@
-"""The front page's four pictures: the first figure of four chapters, small. `python .ci/thumbs.py` makes them anew after a chapter's figure has changed."""
+"""The front page's four pictures: a figure of each of four chapters, small. `python .ci/thumbs.py` makes them anew after a chapter's figure has changed."""
 import base64
 import io
 import json
@@ -7,16 +7,16 @@ from pathlib import Path
 from PIL import Image
 
 nbs = Path(__file__).resolve().parent.parent / "nbs"
-chapters = ("02_bert", "07_pcgrad", "09_smart", "11_electra")
+chapters = {"02_bert": 0, "07_pcgrad": 0, "09_smart": 0, "11_electra": 1}        # which of its stored figures
 size = (400, 240)
 
 
-def first_figure(name):
-    "A chapter's first stored picture."
-    for cell in json.loads((nbs / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
-        for out in cell.get("outputs", []):
-            if "image/png" in out.get("data", {}): return Image.open(io.BytesIO(base64.b64decode(out["data"]["image/png"])))
-    raise SystemExit(f"{name} stores no figure")
+def figure(name, number):
+    "A chapter's stored picture of that number."
+    cells = json.loads((nbs / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    pictures = [o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    if len(pictures) <= number: raise SystemExit(f"{name} stores {len(pictures)} figures, not {number + 1}")
+    return Image.open(io.BytesIO(base64.b64decode(pictures[number])))
 
 
 def card(image):
@@ -28,6 +28,5 @@ def card(image):
     return made.convert("RGB").quantize(128)
 
 
-for name in chapters:
-    (nbs / "thumbs").mkdir(exist_ok=True)
-    card(first_figure(name)).save(nbs / "thumbs" / f"{name}.png", optimize=True)
+for name, number in chapters.items():
+    card(figure(name, number)).save(nbs / f"thumb_{name}.png", optimize=True)
