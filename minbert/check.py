@@ -151,7 +151,7 @@ class Report:
         "The mistakes by name."
         parts = []
         if self.example:
-            parts.append(f"<p>Smallest example: {escape(self.example)}</p>")
+            parts.append(f"<p>Smallest example: <code>{escape(self.example)}</code></p>")
         for m in self.known:
             section = escape(m.read.split("#", 1)[1])
             parts.append(f"<p><b>Known mistake: {escape(m.title)}.</b> {escape(m.why)} "
