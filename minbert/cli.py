@@ -858,8 +858,8 @@ def _demo_report(table, texts, corpus, result, out):
           f"({metrics}):\n")
     print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
     print("\nThe floors need no training: the commonest label, the share of shared words, and the "
-          "cosine of the\nencoder's own vectors. ± is the standard error of the difference, rows "
-          "drawn anew 2,000 times.")
+          "cosine of the\nencoder's own vectors. ± is the standard error of the difference, "
+          "row by row.")
     print("\nThree texts, before and after:")
     for line in texts.to_dict("records"):
         print(f"  {line['text']}\n    {corpus.tasks[line['task']].label}: right {line['label']:g}, "
