@@ -557,7 +557,7 @@ def test_devices_and_folders_of_the_system(data_dir, run_dir, tmp_path):
     call = f"'{PROGRAM}' predict '{run_dir}' sst '{data_dir}/ids-sst-dev.csv' /dev/stdout | cat"
     got = run("sh", "-c", call)
     header, *rows = csv.reader(got.stdout.splitlines())
-    assert header == ["id", "Predicted_Sentiment"] and len(rows) == 120, got.stderr
+    assert header == ["id", "Predicted_Sentiment"] and len(rows) == 126, got.stderr
     (tmp_path / "gone").mkdir()
     got = run("sh", "-c", f"rmdir ../gone; '{PROGRAM}' data --dir '{data_dir}'",
               cwd=tmp_path / "gone")
