@@ -228,7 +228,7 @@ def _put_back(part, state):
     else:
         part.load_state_dict(state)
 
-# %% ../nbs/A6_runs.ipynb #9625ae30
+# %% ../nbs/A6_runs.ipynb #4fee85b3
 class RunDir:
     "A run's files."
     def __init__(self,
@@ -310,8 +310,9 @@ def _check_result(path):
     for name in got.keys() & _result_types.keys():
         if not isinstance(got[name], _result_types[name]):
             raise UserError(f"{path}: {name} is {str(got[name])[:40]}; the file is damaged")
-    scores = [*got.get("dev", {}).values(), *got.get("train", {}).values()]
-    if not {"dev", "held"} & set(got) or not all(map(_is_finite, scores)):
+    scores = {**got.get("dev", {}), **got.get("train", {})}
+    scores.pop("sample", None) # words, not a score
+    if not {"dev", "held"} & set(got) or not all(map(_is_finite, scores.values())):
         raise UserError(f"{path} holds no scores; the file is damaged")
     return got
 
