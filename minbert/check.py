@@ -1744,7 +1744,7 @@ def check_resume(
     "Check that a saved and resumed run is the same run, to the last bit."
     return _check("resume", (train, resume), f"{train.__name__} and {resume.__name__}")
 
-# %% ../nbs/A8_check.ipynb #285a4f2e
+# %% ../nbs/A8_check.ipynb #f191e531
 def _no_network():
     "From here on, this process opens no connection."
     def refuse(event, args):
@@ -1754,6 +1754,11 @@ def _no_network():
 
 class _StandIn(type(sys)):
     "A module that is not installed here: everything in it can be called and does nothing."
+    def __init__(self, name):
+        from importlib.machinery import ModuleSpec
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None) # others look for it, transformers among them
+
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
@@ -1766,9 +1771,8 @@ def _load(path):
     "A Python file as a module; of the handout's usual helpers, those not installed stand in."
     import importlib.util
     path = Path(path)
-    for name in _helpers:
-        if importlib.util.find_spec(name.split(".")[0]) is None:
-            sys.modules[name] = _StandIn(name)
+    missing = [x for x in _helpers if importlib.util.find_spec(x.split(".")[0]) is None]
+    sys.modules.update({name: _StandIn(name) for name in missing})
     sys.path.insert(0, str(path.parent.resolve()))
     sys.dont_write_bytecode = True
     spec = importlib.util.spec_from_file_location(path.stem, path)

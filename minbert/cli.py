@@ -728,28 +728,9 @@ def _demo_job(bert, init, corpus):
     data = _demo_data(splits, round_robin, sizes, 0, 200, info)
     return install(model), data, TrainConfig(steps, rate, evals=3)
 
-# %% ../nbs/A9_cli.ipynb #b3e63f71
-_floors = ("commonest", "shared words", "encoder's cosine")
-
-def _floor_answers(corpus, name):
-    "What the commonest label and the shared words answer on a task's dev rows."
-    from collections import Counter
-
-    import numpy as np
-
-    from minbert.data import best_threshold, overlap
-    task, train, dev = corpus.tasks[name], corpus[name]["train"], corpus[name]["dev"]
-    found = {}
-    if task.kind == "classify":
-        found["commonest"] = np.full(len(dev), Counter(train.labels).most_common(1)[0][0])
-    if task.pair:
-        known = np.array([overlap(x) for x in train.texts])
-        shared = np.array([overlap(x) for x in dev.texts])
-        found["shared words"] = shared
-        if task.binary:
-            edge = best_threshold(known, train.labels)
-            found["shared words"] = (shared >= edge).astype(float)
-    return found
+# %% ../nbs/A9_cli.ipynb #843042cb
+_floors = {"majority": "commonest", "word overlap": "shared words",
+           "cosine": "encoder's cosine"} # as the demo's table calls them
 
 def _demo_line(task, labels, floors, trained):
     "A line of the demo's table: every score on the same rows, and what they say."
@@ -773,14 +754,16 @@ def _verdict(gain, error):
 def _demo_table(corpus, before, out):
     "Scores of the floors and of the trained model, a line per task."
     import pandas as pd
+
+    from minbert.data import floor_answers
     lines = []
     for name, task in corpus.tasks.items():
-        floors = _floor_answers(corpus, name)
+        floors = {_floors[k]: x for k, x in floor_answers(corpus, name).items()}
         if task.pair and name in before:
-            floors["encoder's cosine"] = before[name]
+            floors[_floors["cosine"]] = before[name]
         trained = pd.read_csv(out / f"dev-{name}.csv").iloc[:, 1].to_numpy(float)
         lines.append(_demo_line(task, corpus[name]["dev"].labels, floors, trained))
-    columns = ["task", "rows", *_floors, "trained", "over best floor", "verdict"]
+    columns = ["task", "rows", *_floors.values(), "trained", "over best floor", "verdict"]
     return pd.DataFrame(lines, columns=columns, index=list(corpus.tasks))
 
 # %% ../nbs/A9_cli.ipynb #fe866f48
@@ -818,7 +801,7 @@ def _demo_corpus(data, rows):
         keep[t] = {"train": s["train"], "dev": s["dev"].take(some)}
     return replace(full, rows=keep, limited=rows), full.fingerprint
 
-# %% ../nbs/A9_cli.ipynb #858cd504
+# %% ../nbs/A9_cli.ipynb #e9d48aea
 @command
 def command_demo(
     out:str="", # run directory; default: the first free one of runs/demo-1, runs/demo-2, …
@@ -846,7 +829,7 @@ def command_demo(
     before, texts = evaluate(model, job_data.splits["dev"])[1], example_answers(model)
     result = train(out, model, job_data, config, progress=sys.stderr.isatty())
     table = _demo_table(corpus, {} if init == "pocket" else before, out)
-    floors = table[list(_floors)].max(axis=1).to_dict()
+    floors = table[list(_floors.values())].max(axis=1).to_dict()
     _demo_figure(out / "curves.png", RunDir(out).metrics(), floors)
     texts["after"] = example_answers(model)["answer"]   # the model that was kept
     _demo_report(table, texts, corpus, result, out)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['tasks', 'main_tasks', 'task_colors', 'published', 'registry', 'pinned', 'Corpus', 'pocket', 'load_tasks', 'overlap',
-           'best_threshold', 'floors', 'pocket_vocab', 'Encoded', 'encode', 'Batch', 'collate', 'order']
+           'best_threshold', 'floor_answers', 'floors', 'pocket_vocab', 'Encoded', 'encode', 'Batch', 'collate',
+           'order']
 
 # %% ../nbs/00_data.ipynb #ee21f63a
 import os
@@ -241,7 +242,23 @@ def best_threshold(
     k = np.flatnonzero(ends)[np.argmax(right[ends])]
     return np.inf if k == 0 else s[k - 1]
 
-# %% ../nbs/00_data.ipynb #82b895c2
+# %% ../nbs/00_data.ipynb #680e30de
+def floor_answers(
+    corpus:Corpus, # thresholds and majorities come from train
+    name:str, # of a task
+) -> dict[str, np.ndarray]: # majority and word overlap, where the task has them: (dev rows,)
+    "What needs no model answers on a task's dev rows."
+    task, train, dev = corpus.tasks[name], corpus[name]["train"], corpus[name]["dev"]
+    found = {}
+    if task.kind == "classify":
+        found["majority"] = np.full(len(dev), Counter(train.labels).most_common(1)[0][0])
+    if task.pair and (task.binary or task.kind == "score"):
+        known, shared = (np.array([overlap(x) for x in r.texts]) for r in (train, dev))
+        cut = shared >= best_threshold(known, train.labels) if task.binary else shared
+        found["word overlap"] = cut.astype(float)
+    return found
+
+# %% ../nbs/00_data.ipynb #eae067b9
 def floors(
     corpus:Corpus, # thresholds and majorities come from train, scores from dev
 ) -> "pd.DataFrame": # rows: majority, word overlap; columns: tasks
@@ -249,23 +266,19 @@ def floors(
     import pandas as pd
     out = pd.DataFrame(index=["majority", "word overlap"], columns=list(corpus.tasks), dtype=float)
     for name, task in corpus.tasks.items():
-        train, dev = corpus[name]["train"], corpus[name]["dev"]
-        commonest = Counter(train.labels).most_common(1)[0][0]
-        share = (dev.labels == commonest).mean()
-        out.loc["majority", name] = share if task.kind == "classify" else 0.
-        if task.pair:
-            out.loc["word overlap", name] = _score_overlap(task, train, dev)
+        labels = corpus[name]["dev"].labels
+        for floor, answers in floor_answers(corpus, name).items():
+            out.loc[floor, name] = _floor_score(task, answers, labels)
+        if task.kind == "score":
+            out.loc["majority", name] = 0.
     return out
 
-def _score_overlap(task, train, dev):
-    "What word overlap scores on dev; not a number for pairs of three or more classes."
-    s, s_train = (np.array([overlap(x) for x in r.texts]) for r in (dev, train))
-    if task.kind == "score":
-        same = len(set(s)) == 1 or len(set(dev.labels)) == 1
-        return 0. if same else np.corrcoef(s, dev.labels)[0, 1]
-    if not task.binary:
-        return np.nan
-    return ((s >= best_threshold(s_train, train.labels)) == dev.labels).mean()
+def _floor_score(task, answers, labels):
+    "Accuracy, or the correlation; that of a constant is 0."
+    if task.kind == "classify":
+        return (answers == labels).mean()
+    constant = len(set(answers)) == 1 or len(set(labels)) == 1
+    return 0. if constant else np.corrcoef(answers, labels)[0, 1]
 
 # %% ../nbs/00_data.ipynb #4c259407
 @patch

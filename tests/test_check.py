@@ -370,6 +370,23 @@ def test_an_empty_directory(tmp_path):
     assert all("is not there" in failed(r)[0]["note"] for r in found["reports"])
 
 
+def test_helpers_that_are_not_installed_stand_in(tmp_path, monkeypatch):
+    "A handout's file may import what is missing here; other libraries that look for it get an answer, too."
+    import importlib.util
+    import sys
+    from minbert import check as ours
+    monkeypatch.setattr(ours, "_helpers", ("notinstalled", "notinstalled.metrics"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "asks_for_helpers.py"
+    path.write_text("from notinstalled.metrics import f1_score\nanswer = f1_score([1], [1])\n")
+    try:
+        assert ours._load(path).answer == ""
+        assert importlib.util.find_spec("notinstalled") is not None
+    finally:
+        for name in ("notinstalled", "notinstalled.metrics", "asks_for_helpers"): sys.modules.pop(name, None)
+
+
 def test_the_site_is_the_projects():
     import configparser
     from minbert.check import site
