@@ -125,7 +125,7 @@ def _masked(score, mask, wrong):
     mask = mask.mT if "queries" in wrong else mask
     return score.masked_fill(~mask, torch.finfo(score.dtype).min)
 
-# %% ../nbs/A8b_mistakes.ipynb #e7f6c60a
+# %% ../nbs/A8b_mistakes.ipynb #fda4cccd
 _bert = "02_bert#"
 _block = _bert + "The stack, and the model"
 
@@ -138,7 +138,8 @@ _block = _bert + "The stack, and the model"
         "The model cannot tell one order of the words from another.",
         _bert + "Word + place + type"),
     no_types=Mistake("ignores the token types",
-        "Both sentences of a pair get type 0.", _bert + "Word + place + type"),
+        "Both sentences of a pair get type 0.", _bert + "Word + place + type",
+        "neubig/minbert-assignment: bert.py"),
     no_embedding_norm=Mistake("forgets the LayerNorm of the embeddings",
         "Word + position + type is normalised before it enters the first layer.",
         _bert + "Word + place + type"),
@@ -153,7 +154,8 @@ _block = _bert + "The stack, and the model"
     relu=Mistake("uses ReLU instead of GELU",
         "The published weights were trained with GELU.", _bert + "The stack, and the model"),
     tanh_gelu=Mistake("uses the tanh approximation of GELU",
-        "BERT's GELU is the exact one, x Φ(x).", _bert + "The stack, and the model"),
+        "GELU is x Φ(x); this comes close, and Google's own BERT code has it.",
+        _bert + "The stack, and the model", "google-research/bert: modeling.py"),
     epsilon=Mistake("keeps LayerNorm's default ε of 1e-5",
         "BERT's config says 1e-12.", _bert + "The sizes"),
     first_layer=Mistake("runs the first layer again and again",
@@ -169,7 +171,7 @@ _block = _bert + "The stack, and the model"
     dropout_last=Mistake("drops out after the LayerNorm instead of before the sum",
         "BERT computes LN(x + dropout(y W)); here zeros reach the next block.",
         _block,
-        "gpoesia/minbert-default-final-project: bert.py, an early version"))
+        "gpoesia/minbert-default-final-project: bert.py, a student's draft in a fork"))
 def make_bert(
     *wrong, # switches
 ) -> Callable: # (weights, config) → function from ids, mask, types to hidden states and pooled
@@ -272,7 +274,7 @@ def make_add_norm(
         return x + y if "no norm" in wrong else norm(x + y)
     return add_norm
 
-# %% ../nbs/A8b_mistakes.ipynb #321f2111
+# %% ../nbs/A8b_mistakes.ipynb #9672ff3f
 _adamw = "03_adamw#"
 _step = _adamw + "Two forms of one step"
 
@@ -287,7 +289,8 @@ _step = _adamw + "Two forms of one step"
     growing=Mistake("adds the decay instead of subtracting it", "The weights grow: θ ← θ − αλθ.",
         _step),
     no_correction=Mistake("leaves out the bias correction",
-        "The averages start at 0; divide by 1 − βᵗ.", _step),
+        "The averages start at 0; divide by 1 − βᵗ.", _step,
+        "google-research/electra: model/optimization.py"),
     half_correction=Mistake("corrects only the first average",
         "v needs its correction, too: 1 − β₂ᵗ.", _step),
     late=Mistake("counts the steps one too high",
@@ -429,13 +432,13 @@ def make_schedule(
         return 1 - done if "linear" in wrong else 1.
     return multiplier
 
-# %% ../nbs/A8b_mistakes.ipynb #db1b1500
+# %% ../nbs/A8b_mistakes.ipynb #3a932b72
 _pairs = "00_data#"
 
 @makes("pairs",
     joined=Mistake("joins two padded texts",
         "[PAD] and a second [CLS] stand in the middle; join the tokens first, then pad.",
-        _pairs + "Tokens"),
+        _pairs + "Tokens", "zeyusuntt/SMART-minBERT: multitask_classifier.py"),
     second_cls=Mistake("puts a second [CLS] before the second text",
         "There is one [CLS], at the very front.", _pairs + "Tokens"),
     no_middle=Mistake("forgets the [SEP] between the texts",
@@ -493,7 +496,7 @@ def _glue(texts):
     a, b = ([[*row] + [0] * (max(map(len, rows)) - len(row)) for row in rows] for rows in texts)
     return [(x[:256] + y[:256], [0] * len(x[:256]) + [1] * len(y[:256])) for x, y in zip(a, b)]
 
-# %% ../nbs/A8b_mistakes.ipynb #5763cc58
+# %% ../nbs/A8b_mistakes.ipynb #9b9e349f
 _surgery = "07_pcgrad#A small table is enough"
 
 @makes("pcgrad",
@@ -506,7 +509,8 @@ _surgery = "07_pcgrad#A small table is enough"
         "left of them.", _surgery),
     itself=Mistake("projects a gradient against itself",
         "After earlier projections g_i can point against its own original; task i skips "
-        "itself.", _surgery, "WeiChengTseng/Pytorch-PCGrad: pcgrad.py"),
+        "itself.", _surgery, "WeiChengTseng/Pytorch-PCGrad: pcgrad.py; "
+        "median-research-group/LibMTL: LibMTL/weighting/PCGrad.py"),
     fixed=Mistake("meets the other tasks in a fixed order",
         "The order is drawn anew for every task and step.", _surgery,
         "tianheyu927/PCGrad: PCGrad_tf.py"),
@@ -593,23 +597,27 @@ def _shadow(g, other, wrong):
         return torch.zeros_like(g)
     return product / (size.sqrt() if "unsquared" in wrong else size) * other
 
-# %% ../nbs/A8b_mistakes.ipynb #0b293c5d
+# %% ../nbs/A8b_mistakes.ipynb #d80f6e4e
 _smart = "09_smart#"
 
 @makes("smart",
     unprojected=Mistake("never projects the move back to the ε-ball",
         "The perturbation ends with a sup-norm of about 1, where the paper has 1e-5.",
         _smart + "The worst small move",
-        "archinetai/smart-pytorch: smart_pytorch/smart_pytorch.py", "compared in chapter 09b"),
+        "archinetai/smart-pytorch: smart_pytorch/smart_pytorch.py; "
+        "namisan/mt-dnn: mt_dnn/perturbation.py", "compared in chapter 09b"),
     no_ascent=Mistake("takes the noise as it is, without a gradient step",
-        "The move has to be the worst one, not a random one.", _smart + "The worst small move"),
+        "The move has to be the worst one, not a random one.", _smart + "The worst small move",
+        "ramvenkat98/methods-to-improve-downstream-generalization-of-minbert: perturbation.py, "
+        "for pairs"),
     descent=Mistake("moves against the gradient",
         "The inner problem is a maximum: add the gradient.", _smart + "The worst small move"),
     clean_start=Mistake("starts the ascent without noise",
         "At the clean point the gradient is exactly zero, and the ascent cannot start.",
         _smart + "The worst small move"),
     one_sided=Mistake("takes one KL divergence instead of both",
-        "ℓ_s = KL(P‖Q) + KL(Q‖P).", _smart + "How far apart are two answers?"),
+        "ℓ_s = KL(P‖Q) + KL(Q‖P).", _smart + "How far apart are two answers?",
+        "archinetai/smart-pytorch: README.md"),
     over_classes=Mistake("averages over the classes, too",
         "KL sums over the classes and averages over the texts: reduction='batchmean', not 'mean'.",
         _smart + "How far apart are two answers?"),
@@ -619,7 +627,8 @@ _smart = "09_smart#"
         "ramvenkat98/methods-to-improve-downstream-generalization-of-minbert: perturbation.py"),
     constant=Mistake("takes a softmax over one logit",
         "It is always 1, so the penalty is 0 and has no gradient; one logit needs the Bernoulli "
-        "KL, a score the squared error.", _smart + "How far apart are two answers?"),
+        "KL, a score the squared error.", _smart + "How far apart are two answers?",
+        "zeyusuntt/SMART-minBERT: multitask_classifier.py"),
     backward=Mistake("calls backward in the ascent",
         "That adds to every parameter's .grad; use torch.autograd.grad with respect to the "
         "move.", _smart + "The worst small move"),
@@ -681,7 +690,7 @@ def _distance(a, b, wrong):
     both = (q.exp() * (q - p)) if "one sided" in wrong else (p.exp() - q.exp()) * (p - q)
     return both.mean() if "over classes" in wrong else both.sum(-1).mean()
 
-# %% ../nbs/A8b_mistakes.ipynb #e1ebff30
+# %% ../nbs/A8b_mistakes.ipynb #615e8eff
 _mlm = "10_mlm#Hiding words"
 
 @makes("masking",
@@ -705,7 +714,8 @@ _mlm = "10_mlm#Hiding words"
     rate=Mistake("chooses 15% of the padded length instead of 15% of the tokens",
         "Short texts in a padded batch would lose far more of their tokens.", _mlm),
     static=Mistake("hides the same places in every call",
-        "The places are drawn anew each time a text is read.", _mlm),
+        "The places are drawn anew each time a text is read.", _mlm,
+        "google-research/bert: create_pretraining_data.py, ten copies"),
     in_place=Mistake("changes the ids that it is given",
         "Mask a copy, or the originals are lost.", _mlm))
 def make_masking(
@@ -740,7 +750,7 @@ def _may(ids, special, wrong):
         spared = spared[spared != 0]
     return ~torch.isin(ids, spared)
 
-# %% ../nbs/A8b_mistakes.ipynb #ada126df
+# %% ../nbs/A8b_mistakes.ipynb #51335cd1
 _rtd = "11_electra#"
 
 @makes("rtd",
@@ -758,7 +768,7 @@ _rtd = "11_electra#"
     twice=Mistake("samples from the softmax of a softmax",
         "Gumbel noise and multinomial draws want logits or probabilities once; twice is almost "
         "uniform.", _rtd + "The game",
-        "lucidrains/electra-pytorch: electra_pytorch/electra_pytorch.py"),
+        "lucidrains/electra-pytorch: electra_pytorch/electra_pytorch.py, an early version"),
     chosen_only=Mistake("leaves out the labels of tokens that were not chosen",
         "Every real token is judged; that is the point of the method.", _rtd + "The model"),
     inverted=Mistake("labels originals with 1", "1 means replaced.", _rtd + "The model"),

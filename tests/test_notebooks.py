@@ -132,6 +132,18 @@ def test_opens_as_a_page(path):
     assert len(module) == exports, "a module without exports, or exports without a module"
 
 
+@each
+def test_every_figure_has_its_words(path):
+    "A label to refer to, a caption, and a text for those who do not see the picture."
+    bare = []
+    for i, c in code_cells(path):
+        if any("image/png" in o.get("data", {}) for o in c["outputs"]):
+            said = dict(re.findall(r"^#\|\s*(label|fig-cap|fig-alt): *(\S.*)$", source(c), re.M))
+            if len(said) < 3 or not said["label"].startswith("fig-"):
+                bare.append(f"cell {i}: {sorted(said)}")
+    assert not bare, "\n".join([path.name, *bare])
+
+
 def differences(a, b, pattern):
     "Names of files that are not the same in both folders."
     names = {p.name for p in [*a.glob(pattern), *b.glob(pattern)]}

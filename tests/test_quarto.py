@@ -47,6 +47,7 @@ def test_what_stopped_the_build_is_noticed():
 def test_files_that_the_settings_name_are_there():
     site = load("_quarto.yml")
     assert (ROOT/"nbs"/site["website"]["favicon"]).is_file()
+    assert "*.qmd" in site["project"]["render"] and (ROOT/"nbs/404.qmd").is_file()
     assert (ROOT/"nbs/_quarto.yml").is_symlink() and (ROOT/"nbs/_quarto.yml").resolve() == ROOT/"_quarto.yml"
     assert site["metadata-files"] == ["nbdev.yml", "sidebar.yml"] and site["execute"] == {"enabled": False}
     assert "output-dir" not in site["project"]
@@ -56,6 +57,14 @@ def test_the_sidebar_names_every_notebook_once():
     named = []
     for entry in load("nbs/sidebar.yml")["website"]["sidebar"]["contents"]: named += [entry] if isinstance(entry, str) else entry["contents"]
     assert sorted(named) == sorted(p.name for p in NOTEBOOKS)
+
+
+def test_the_list_for_programs_names_every_notebook():
+    "`python .ci/llms.py` writes it anew."
+    text = (ROOT/"nbs/llms.txt").read_text(encoding="utf-8")
+    missing = [p.name for p in NOTEBOOKS if f"/{p.name})" not in text]
+    assert not missing, missing
+    assert "llms.txt" in load("_quarto.yml")["project"]["resources"]
 
 
 def test_settings_leave_the_sidebar_and_the_readme_alone():
