@@ -21,7 +21,7 @@ from .attention import SelfAttention
 from .checkpoints import read_checkpoint, whole_directory, write_checkpoint
 from .core import UserError, log
 
-# %% ../nbs/02_bert.ipynb #871cbeac
+# %% ../nbs/02_bert.ipynb #a917bd4d
 activations = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class BertConfig:
     type_vocab_size:int = 2 # sentence A, sentence B
     initializer_range:float = .02 # standard deviation of fresh weights
     layer_norm_eps:float = 1e-12 # keeps LayerNorm from dividing by zero
-    pad_token_id:int = 0 # row of the word table that stays zero
+    pad_token_id:int = 0 # row of the word table that starts at zero and gets no gradient
     position_embedding_type:str = "absolute" # the only kind built here
 
     def __post_init__(self):
@@ -185,7 +185,7 @@ class Layer(nn.Module):
         x = self.attention(x, mask)
         return self.output(self.intermediate(x), x)
 
-# %% ../nbs/02_bert.ipynb #6808b1f4
+# %% ../nbs/02_bert.ipynb #4ccce9a7
 class Encoder(nn.Module):
     "The stack of layers."
     def __init__(self,
@@ -203,7 +203,9 @@ class Encoder(nn.Module):
         states = [x]
         for layer in self.layer:
             x = layer(x, mask)
-            states = states + [x] if keep else [x]
+            if not keep:
+                states = []
+            states.append(x)
         return states
 
 # %% ../nbs/02_bert.ipynb #20e7da4d
@@ -242,7 +244,7 @@ class BertOutput(NamedTuple):
     pooler_output:Tensor # (b, d)
     hidden_states:tuple|None = None # the embeddings, then each layer's output, each (b, n, d)
 
-# %% ../nbs/02_bert.ipynb #81034930
+# %% ../nbs/02_bert.ipynb #391c6d10
 class BertModel(nn.Module):
     "Embeddings, layers, pooler: the encoder of Devlin et al. (2019)."
     vocab = None # the tokens in the order of their ids, if known
@@ -293,7 +295,9 @@ def _check_ids(ids, rows, what, field):
 
 def _padding(mask):
     "The mask as True and False, or nothing where no token is padding."
-    if mask is None or _can_ask(mask) and mask.all():
+    if mask is None:
+        return None
+    if _can_ask(mask) and mask.all():
         return None
     return mask.bool()
 
@@ -312,7 +316,7 @@ def pocket_bert(
     model.vocab = vocab
     return model.eval()
 
-# %% ../nbs/02_bert.ipynb #66ddd12e
+# %% ../nbs/02_bert.ipynb #0ddf1b20
 @patch(cls_method=True)
 def from_pretrained(cls:BertModel,
     name_or_dir:str|Path, # a directory, "minilm", "pocket", or a name on the Hub
@@ -338,7 +342,7 @@ def _check_weights(want, got, where):
     lacking = [name for name in missing if not name.startswith("pooler.")]
     extra = [name for name in got if name not in want]
     if lacking:
-        raise UserError(f"{where}: the weights lack {_first(missing)}")
+        raise UserError(f"{where}: the weights lack {_first(lacking)}")
     if extra:
         raise UserError(f"{where}: config.json has no place for {_first(extra)}")
     wrong = [name for name in got if got[name].shape != want[name].shape]

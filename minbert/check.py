@@ -233,6 +233,7 @@ class _Probe(NamedTuple):
     tol: float = 1e-6 # largest difference that passes
     near: float = 0. # largest difference at which two wrong answers count as the same
     names: bool = True # whether the answer counts where a mistake is named; not if it takes long
+    tell: Callable|None = None # an answer in words, where numbers say little
 
 class _Outcome(NamedTuple):
     "An implementation's answer to one probe."
@@ -332,6 +333,9 @@ def _judge(probe, got, right):
         return Finding(probe.says, True, gap)
     if values is None:
         return Finding(probe.says, False, gap, "the answer has another shape")
+    if probe.tell:
+        mine, wanted = probe.tell(got.rows[0]), probe.tell(right.rows[0])
+        return Finding(probe.says, False, note=f"yours {mine}; expected {wanted}")
     return Finding(probe.says, False, gap, _measured(probe, *values))
 
 def _measured(probe, mine, right):
@@ -1144,6 +1148,19 @@ def _long_pair(encode):
     runs = [_codes[name] for name, _ in _pattern(ids[0], ids[0][0])]
     return [float(len(ids[0]) <= 512), *_pad_to(runs)]
 
+def _tell_layout(row):
+    "The first pair's pattern in words."
+    names = {code: name for name, code in _codes.items()}
+    return " ".join(names[code] for code in row[:12] if code)
+
+def _tell_types(row):
+    "The types of the first pair's parts."
+    return " ".join(str(int(kind)) for kind in row[:5])
+
+def _tell_long(row):
+    "Whether it fits, and the pattern."
+    return f"{_tell_layout(row[1:])} ({'fits' if row[0] else 'too long'})"
+
 def _fit_pairs(f):
     "A function of two lists of texts, or of two texts."
     errors = []
@@ -1162,10 +1179,12 @@ kinds["pairs"] = _Kind(
     "f(first texts, second texts) → ids, or a dictionary with input_ids, attention_mask and "
     "token_type_ids; two single texts work, too; the padding id is 0",
     _fit_pairs, (
-        _Probe("a pair is [CLS] a [SEP] b [SEP], then padding", _layout_flat),
-        _Probe("token types are 0 for [CLS] a [SEP] and 1 for b [SEP]", _type_runs),
+        _Probe("a pair is [CLS] a [SEP] b [SEP], then padding", _layout_flat, tell=_tell_layout),
+        _Probe("token types are 0 for [CLS] a [SEP] and 1 for b [SEP]", _type_runs,
+               tell=_tell_types),
         _Probe("the attention mask marks the tokens and nothing else", _mask_gap, near=.3),
-        _Probe("a long pair fits into 512 places, with something of both texts", _long_pair)),
+        _Probe("a long pair fits into 512 places, with something of both texts", _long_pair,
+               tell=_tell_long)),
     bind=lambda made, impl: _pair_rows(made, single=False))
 
 def check_pairs(
@@ -1540,6 +1559,11 @@ def _three_shares(mask):
     hidden, kept = m.masked == m.mask_id, m.masked == m.ids
     return [_share(hidden, at), _share(~hidden & ~kept, at), _share(kept, at)]
 
+def _tell_shares(row):
+    "The three shares in words."
+    hidden, replaced, kept = row
+    return f"{hidden:.0%} hidden, {replaced:.0%} replaced, {kept:.0%} kept"
+
 def _others_changed(mask):
     "Share of the tokens without a label that were changed."
     m = _hide(mask)
@@ -1615,7 +1639,8 @@ kinds["masking"] = _Kind(
     _fit_masking, (
         _Probe("15% of the tokens are chosen", _chosen_share, .02),
         _Probe("special tokens and padding are spared", _chosen_specials, 1e-6, .03),
-        _Probe("of the chosen, 80% are hidden, 10% replaced, 10% kept", _three_shares, .045),
+        _Probe("of the chosen, 80% are hidden, 10% replaced, 10% kept", _three_shares, .045,
+               tell=_tell_shares),
         _Probe("tokens that were not chosen stay", _others_changed, 1e-6, .02),
         _Probe("the labels are the original tokens", _labels_right, 1e-6, .04),
         _Probe("every place draws a random token of its own", _many_words),

@@ -104,7 +104,7 @@ class Corpus:
                 raise UserError(f"there is no task {name!r}; there are {', '.join(self.rows)}")
         return replace(self, rows={name: self.rows[name] for name in names})
 
-# %% ../nbs/00_data.ipynb #e9d0f2a5
+# %% ../nbs/00_data.ipynb #040e84ba
 def pocket() -> dict[str, dict[str, Rows]]: # task → split → rows; test rows have no labels
     "The sentences that were written for this project."
     place = Path(find_spec("minbert").origin).parent / "pocket"

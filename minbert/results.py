@@ -414,10 +414,11 @@ def _answer(e):
         return {"better": True, "worse": False}.get(over)
     return {"better": True, "worse": False, "equal": False}.get(e.verdict)
 
-# %% ../nbs/A6b_results.ipynb #06a5a995
+# %% ../nbs/A6b_results.ipynb #bb61ecff
 _headline = (
     ("a pair read together", "E9", "E3", "pairs"),
     ("cosine trained on the score", "E7", "E3", "pairs"),
+    ("read together, over that cosine", "E9", "E7", "pairs"),
     ("one model, not three", "E9", three_models, "tasks"),
     ("surgery", "E11", "C1", "method"),
     ("surgery", "surgery", "S3…S10", "method"),
@@ -437,7 +438,7 @@ def _ids(row, against):
 def headline(
     stored:Collection, # from `collect`
     score:str="overall", # what is compared
-) -> pd.DataFrame: # a dozen named contrasts, largest first; what is not run yet comes last
+) -> pd.DataFrame: # named contrasts, largest first; what is not run yet comes last
     "What each ingredient adds."
     lines = [{"name": f"{name} ({_ids(a, b)})", "group": group,
               **weigh_evidence(stored, a, b, score)} for name, a, b, group in _headline]

@@ -1,6 +1,7 @@
 """The site's settings: every key and type is one that Quarto 1.7.34 knows (it stops at `favicon: false`, which the stand-in renderer does not notice)."""
-import configparser
+import configparser, json, re
 
+import pytest
 import yaml
 
 from conftest import NOTEBOOKS, ROOT
@@ -63,3 +64,14 @@ def test_settings_leave_the_sidebar_and_the_readme_alone():
     assert cfg["DEFAULT"]["custom_sidebar"] == "True" and "custom_quarto_yml" not in cfg["DEFAULT"]
     from nbdev.quarto import _doc_mtime_not_older                                     # what nbdev_docs asks before it writes
     assert _doc_mtime_not_older(ROOT/"README.md", ROOT/"nbs"/cfg["DEFAULT"]["readme_nb"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_quarto_can_read_the_options_of_every_cell(path):
+    "A caption with a colon in it, unquoted, stops the build: options are YAML."
+    for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        lines = [m[1] for m in re.finditer(r"^#\|\s*([\w-]+:(?:\s.*)?)$", "".join(cell["source"]), re.M)]
+        try: options = yaml.safe_load("\n".join(lines)) or {}
+        except yaml.YAMLError as e: pytest.fail(f"cell {i}: {e}")
+        assert all(isinstance(v, (str, bool, int)) for v in options.values()), (i, options)
+        assert len(options) == len(lines), (i, lines)
