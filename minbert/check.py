@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .core import UserError, log
 from .mistakes import catalogue, implement
 
-# %% ../nbs/A8_check.ipynb #72e4b752
+# %% ../nbs/A8_check.ipynb #5b0ea3ee
 class Finding(NamedTuple):
     "What was found about one property."
     says: str # the property, as a sentence
@@ -46,9 +46,14 @@ def _anchor(section):
     return re.sub(r"\s+", "-", words.strip())
 
 def _link(read):
-    "Where a section is on the site."
-    page, section = read.split("#", 1)
-    return f"{site}{page}.html#{_anchor(section)}"
+    "Where a page or one of its sections is on the site."
+    page, hash, section = read.partition("#")
+    return f"{site}{page}.html{hash}{_anchor(section)}"
+
+_pages = {"attention": "01_attention", "bert": "02_bert", "add_norm": "02_bert",
+          "adamw": "03_adamw", "schedule": "03_adamw", "pairs": "00_data",
+          "pcgrad": "07_pcgrad", "smart": "09_smart", "masking": "10_mlm", "rtd": "11_electra",
+          "gdes": "11_electra", "resume": "A6_runs"} # where a method is explained
 
 def _plain_number(x):
     "A difference as JSON has it, which knows no infinity."
@@ -59,6 +64,35 @@ def _number(x):
     if x is None:
         return ""
     return f"{x:.2g}" if np.isfinite(x) else "not finite"
+
+_rule = "border-top:1px solid rgba(128,128,128,.4)" # seen on a light page and on a dark one
+_cell = f"padding:.3em .5em;text-align:left;vertical-align:top;white-space:normal;{_rule}"
+_tint = "background:rgba(213,94,0,.14)" # of what failed
+_wide = "overflow-wrap:anywhere" # long names may break anywhere
+_marks = {True: "✓ ok", False: "<b>✗ FAIL</b>", None: "–"}
+
+def _once(findings):
+    "The findings, a long note only where it stands first."
+    seen = set()
+    for f in findings:
+        yield f._replace(note="as above") if f.note in seen and len(f.note) > 40 else f
+        seen.add(f.note)
+
+def _html_row(finding):
+    "A property as a row of a table."
+    note = f"<br><small>{escape(finding.note)}</small>" if finding.note else ""
+    tint = f" style='{_tint}'" if finding.passed is False else ""
+    return (f"<tr{tint}><td style='{_cell};white-space:nowrap'>{_marks[finding.passed]}</td>"
+            f"<td style='{_cell};width:99%;{_wide}'>{escape(finding.says)}{note}</td>"
+            f"<td style='{_cell}'>{_number(finding.difference)}</td></tr>")
+
+def _html_mistake(m):
+    "A mistake by name, with a link to the section that explains it."
+    page, section = m.read.split("#", 1)
+    return (f"<p style='border-left:4px solid rgb(213,94,0);padding-left:.6em;margin:.8em 0'>"
+            f"Known mistake: <a href='{_link(m.read)}'><b>{escape(m.title)}</b></a>. "
+            f"{escape(m.why)}<br><small>Explained in {page}, “{escape(section)}”. "
+            f"Cost in score: {escape(m.cost)}.</small></p>")
 
 # %% ../nbs/A8_check.ipynb #edb51e62
 @dataclass(frozen=True)
@@ -88,10 +122,12 @@ class Report:
     def as_dict(self) -> dict: # JSON values
         "The report as plain data."
         rows = [{**f._asdict(), "difference": _plain_number(f.difference)} for f in self.findings]
-        named = [{"mistake": m.title, "why": m.why, "read": _link(m.read)} for m in self.known]
+        named = [{"mistake": m.title, "why": m.why, "cost": m.cost,
+                  "read": _link(m.read)}
+                 for m in self.known]
         return {"kind": self.kind, "target": self.target, "called": self.called,
-                "passed": self.passed, "properties": rows, "mistakes": named,
-                "example": self.example}
+                "passed": self.passed, "in_short": self.in_short, "properties": rows,
+                "mistakes": named, "example": self.example}
 
     def __repr__(self):
         return "\n".join([f"{self.kind}: {self.target}", *self._wrap(self.called), "",
@@ -100,7 +136,7 @@ class Report:
     def _table(self):
         "A line for each property, and what is to be said about it."
         lines = []
-        for f in self.findings:
+        for f in _once(self.findings):
             mark = {True: "ok", False: "FAIL", None: "-"}[f.passed]
             lines.append(f"{mark:>6}  {f.says:<62} {_number(f.difference)}".rstrip())
             lines += self._wrap(f.note, 8)
@@ -112,7 +148,10 @@ class Report:
         for m in self.known:
             page, section = m.read.split("#", 1)
             lines += ["", *self._wrap(f"known mistake: {m.title}"), *self._wrap(m.why, 4),
+                      *self._wrap(f"cost in score: {m.cost}", 4),
                       f"    read: {page}, “{section}”", f"    {_link(m.read)}"]
+        if not self.passed and not self.known:
+            lines += ["", f"  read: {_pages[self.kind]}, {_link(_pages[self.kind])}"]
         return lines
 
     def _wrap(self, text, indent=2):
@@ -122,41 +161,66 @@ class Report:
         return wrap(text, 92, initial_indent=space, subsequent_indent=space,
                     break_long_words=False, break_on_hyphens=False)
 
+    @property
+    def could_try(self) -> bool:
+        "Whether it could be called at all."
+        return bool(self.called) and not self.called.startswith("expected")
+
+    @property
+    def in_short(self) -> str:
+        "Right, wrong, not finished or not tried, in a line."
+        if self.passed:
+            return "right"
+        open_ends = [f.note for f in self.findings if f.note.endswith(_unwritten)]
+        if open_ends:
+            return f"not finished: {open_ends[0].removesuffix(_unwritten)}"
+        if not self.could_try:
+            return f"could not be tried: {self.findings[0].note}"
+        if self._stops:
+            return f"stops with an error: {self._stops}"
+        named = "; ".join(m.title for m in self.known)
+        return f"wrong: {named or self._verdict()}"
+
+    @property
+    def _stops(self):
+        "The error that is behind every failure, if it is one and the same."
+        notes = [f.note for f in self.findings if f.passed is False]
+        return notes[0] if len(notes) > 1 and len(set(notes)) == 1 else ""
+
     def _verdict(self):
         "One line at the end."
         failed = sum(f.passed is False for f in self.findings)
         asked = sum(f.passed is not None for f in self.findings)
-        if not self.called or self.called.startswith("expected"):
-            return "nothing could be asked"
+        if not self.could_try:
+            return "this could not be tried"
         if not failed:
             return f"all {asked} properties hold"
-        if self.known or not asked:
+        if self.known or self._stops or not asked:
             return f"{failed} of {asked} properties fail"
         return f"{failed} of {asked} properties fail; no known mistake fits all of it"
 
     def _repr_html_(self):
-        "A table for Jupyter."
-        rows = []
-        for f in self.findings:
-            mark = {True: "✓", False: "✗", None: "–"}[f.passed]
-            note = f"<br><small>{escape(f.note)}</small>" if f.note else ""
-            rows.append(f"<tr><td>{mark}</td><td style='text-align:left'>{escape(f.says)}{note}"
-                        f"</td><td>{_number(f.difference)}</td></tr>")
-        head = f"<b>{escape(self.kind)}: {escape(self.target)}</b>, {escape(self.called)}"
-        return (f"<p>{head}</p><table><tr><th></th><th style='text-align:left'>property</th>"
-                f"<th>difference</th></tr>{''.join(rows)}</table>{self._html_names()}"
-                f"<p>{escape(self._verdict())}</p>")
-
-    def _html_names(self):
-        "The mistakes by name."
-        parts = []
+        "A table for Jupyter that fits a phone and takes the colours of its page."
+        example = ""
         if self.example:
-            parts.append(f"<p>Smallest example: <code>{escape(self.example)}</code></p>")
-        for m in self.known:
-            section = escape(m.read.split("#", 1)[1])
-            parts.append(f"<p><b>Known mistake: {escape(m.title)}.</b> {escape(m.why)} "
-                         f"<a href='{_link(m.read)}'>{section}</a></p>")
-        return "".join(parts)
+            example = f"<p style='{_wide}'>Smallest example: {escape(self.example)}</p>"
+        head = f"<th style='{_cell}'>"
+        return (
+            f"<div style='max-width:46em'><p style='{_wide}'><b>{escape(self.kind)}: "
+            f"{escape(self.target)}</b>: {escape(self._verdict())}."
+            f"<br><small>{escape(self.called)}</small></p>"
+            f"<table data-quarto-disable-processing='true' "
+            f"style='border-collapse:collapse;table-layout:auto;width:100%'>"
+            f"<tr>{head}</th>{head}property</th>{head}difference</th></tr>"
+            f"{''.join(map(_html_row, _once(self.findings)))}</table>{example}"
+            f"{''.join(map(_html_mistake, self.known)) or self._html_page()}</div>")
+
+    def _html_page(self):
+        "Where the method is explained, if something is wrong."
+        if self.passed:
+            return ""
+        page = _pages[self.kind]
+        return f"<p><small>Explained in <a href='{_link(page)}'>{page}</a>.</small></p>"
 
 # %% ../nbs/A8_check.ipynb #21cb3e13
 class _Skip(Exception):
@@ -168,6 +232,8 @@ class _Probe(NamedTuple):
     ask: Callable # implementation → numbers, one row for each possible outcome
     tol: float = 1e-6 # largest difference that passes
     near: float = 0. # largest difference at which two wrong answers count as the same
+    names: bool = True # whether the answer counts where a mistake is named; not if it takes long
+    tell: Callable|None = None # an answer in words, where numbers say little
 
 class _Outcome(NamedTuple):
     "An implementation's answer to one probe."
@@ -215,17 +281,34 @@ def _ask(probe, impl):
         return _Outcome(None, _where(e))
 
 def _where(e):
-    "File, line, and what went wrong, as their author knows it."
+    "File, line, and what went wrong, as their author knows it; what to do, where that is known."
     ours, python = (str(Path(inspect.getfile(x)).parent) for x in (UserError, traceback))
     foreign = (ours, python, "-packages", "<frozen")
     frames = traceback.extract_tb(e.__traceback__)
     theirs = [f for f in frames if not any(part in f.filename for part in foreign)]
-    said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}".removesuffix(": ") + _advice(e)
     if not theirs:
         return said
     name = Path(theirs[-1].filename).name
     place = "a cell of the notebook" if re.fullmatch(r"\d+\.py", name) else name
     return f"{place}, line {theirs[-1].lineno}: {said}"
+
+_unwritten = " (this part is not written yet)"
+
+def _advice(e):
+    "What to do about an exception that is common in course projects."
+    if isinstance(e, NotImplementedError):
+        return _unwritten
+    if isinstance(e, ModuleNotFoundError):
+        return " (install it, or import it only where it is used)"
+    if isinstance(e, SystemExit):
+        return (" (loading the file ends the program: what reads the command line or trains "
+                "belongs under if __name__ == '__main__')")
+    if "NoneType" in str(e):
+        return " (something gives None: is a part not written yet, or its return forgotten?)"
+    if re.search("cuda|nvidia", str(e), re.I):
+        return " (it wants a GPU, and there is none here: say .to(x.device) instead of .cuda())"
+    return ""
 
 def _difference(mine, right):
     "How far the farthest row of one answer is from all rows of the other; its place as well."
@@ -250,6 +333,9 @@ def _judge(probe, got, right):
         return Finding(probe.says, True, gap)
     if values is None:
         return Finding(probe.says, False, gap, "the answer has another shape")
+    if probe.tell:
+        mine, wanted = probe.tell(got.rows[0]), probe.tell(right.rows[0])
+        return Finding(probe.says, False, note=f"yours {mine}; expected {wanted}")
     return Finding(probe.says, False, gap, _measured(probe, *values))
 
 def _measured(probe, mine, right):
@@ -291,7 +377,8 @@ def _right(kind, question, impl):
 
 def _recognise(kind, impl, outcomes, findings):
     "Keys of the mistakes that explain the answers; none if nothing failed."
-    failed = [i for i, f in enumerate(findings) if f.passed is False]
+    asked = [i for i, probe in enumerate(kinds[kind].probes) if probe.names]
+    failed = [i for i in asked if findings[i].passed is False]
     if not failed:
         return ()
     answers = {}
@@ -300,7 +387,7 @@ def _recognise(kind, impl, outcomes, findings):
         if (switches, i) not in answers:
             answers[switches, i] = _our_answer(kind, switches, i, impl)
         return _same(kinds[kind].probes[i], outcomes[i], answers[switches, i])
-    order = failed + [i for i in range(len(findings)) if i not in failed]
+    order = failed + [i for i in asked if i not in failed]
     most = 3 if len(catalogue[kind]) < 15 else 2
     for size in range(1, most + 1):
         for keys in combinations(catalogue[kind], size):
@@ -330,6 +417,7 @@ def _smallest(kind, impl):
     if not kinds[kind].small:
         return ""
     rows, columns, question, says = kinds[kind].small
+    columns = getattr(impl, "columns", columns)
     ours = [implement(kind, *form) for form in kinds[kind].forms]
     def answers(matrix):
         "Their answer to a matrix, and all right ones."
@@ -411,10 +499,19 @@ def _check(kind, given, target=""):
 class _Misfit(Exception):
     "Raised where a callable cannot be asked at all."
 
+class _Unloaded(_Misfit):
+    "Raised where even the file cannot be loaded."
+
 def _misfit(kind, target, why):
     "The report on something that does not fit."
     finding = Finding("can be called", False, note=why)
     return Report(kind, target, f"expected: {kinds[kind].expects}", (finding,))
+
+_loads = "the file can be loaded"
+
+def _unloaded(kind, target, why):
+    "The report on a file that cannot be loaded."
+    return Report(kind, target, "", (Finding(_loads, False, note=why),))
 
 # %% ../nbs/A8_check.ipynb #c21a4769
 _names = {
@@ -506,6 +603,7 @@ def _as_heads(out, like):
 
 def _fit_attention(f):
     "Find out which kind of mask it takes: the one with which hidden places have no influence."
+    width = (3, 3) if hasattr(f, "attention") else (1, 2)          # a module knows its heads' width
     if isinstance(f, type) and issubclass(f, nn.Module):
         f = f(_tiny_config(hidden_size=6, num_attention_heads=2)).eval()
     f = getattr(f, "attention", f)
@@ -517,6 +615,7 @@ def _fit_attention(f):
             if mask is None and "mask" not in _asked_for(f):
                 values["mask"] = None
             return _as_heads(_call(f, values), q)
+        attend.columns = width
         return attend
     found, errors = [], []
     for said, convert in _masks.items():
@@ -586,7 +685,7 @@ class _Sizes(dict):
 
 def _tiny_config(**sizes):
     "Sizes of a small BERT, with every field that the handout's classes read."
-    return _Sizes({"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2,
+    return _Sizes({"vocab_size": 60, "hidden_size": 12, "num_hidden_layers": 2,
                    "num_attention_heads": 4, "intermediate_size": 24, "hidden_act": "gelu",
                    "hidden_dropout_prob": .1, "attention_probs_dropout_prob": .1,
                    "max_position_embeddings": 24, "type_vocab_size": 2,
@@ -897,7 +996,8 @@ kinds["adamw"] = _Kind(
         _Probe("state_dict carries everything that a step needs", _restored),
         _Probe("correct_bias=False switches the correction off", _uncorrected),
         _Probe("the gradient is left as it was", _gradient_kept),
-        _Probe("a thousand steps of the handout's regression", _regression, 2e-5)),
+        _Probe("a thousand steps of the handout's regression", _regression, 2e-5,
+               names=False)),
     forms=((), ("handout",), ("handout", "decay first"), ("decay last",)),
     small=((1, 3), (1, 2), _walk_matrix,
            "lr .25, betas .5 and .75, eps 1, weight_decay .5, weights of 1, gradients"))
@@ -1048,6 +1148,19 @@ def _long_pair(encode):
     runs = [_codes[name] for name, _ in _pattern(ids[0], ids[0][0])]
     return [float(len(ids[0]) <= 512), *_pad_to(runs)]
 
+def _tell_layout(row):
+    "The first pair's pattern in words."
+    names = {code: name for name, code in _codes.items()}
+    return " ".join(names[code] for code in row[:12] if code)
+
+def _tell_types(row):
+    "The types of the first pair's parts."
+    return " ".join(str(int(kind)) for kind in row[:5])
+
+def _tell_long(row):
+    "Whether it fits, and the pattern."
+    return f"{_tell_layout(row[1:])} ({'fits' if row[0] else 'too long'})"
+
 def _fit_pairs(f):
     "A function of two lists of texts, or of two texts."
     errors = []
@@ -1066,10 +1179,12 @@ kinds["pairs"] = _Kind(
     "f(first texts, second texts) → ids, or a dictionary with input_ids, attention_mask and "
     "token_type_ids; two single texts work, too; the padding id is 0",
     _fit_pairs, (
-        _Probe("a pair is [CLS] a [SEP] b [SEP], then padding", _layout_flat),
-        _Probe("token types are 0 for [CLS] a [SEP] and 1 for b [SEP]", _type_runs),
+        _Probe("a pair is [CLS] a [SEP] b [SEP], then padding", _layout_flat, tell=_tell_layout),
+        _Probe("token types are 0 for [CLS] a [SEP] and 1 for b [SEP]", _type_runs,
+               tell=_tell_types),
         _Probe("the attention mask marks the tokens and nothing else", _mask_gap, near=.3),
-        _Probe("a long pair fits into 512 places, with something of both texts", _long_pair)),
+        _Probe("a long pair fits into 512 places, with something of both texts", _long_pair,
+               tell=_tell_long)),
     bind=lambda made, impl: _pair_rows(made, single=False))
 
 def check_pairs(
@@ -1444,6 +1559,11 @@ def _three_shares(mask):
     hidden, kept = m.masked == m.mask_id, m.masked == m.ids
     return [_share(hidden, at), _share(~hidden & ~kept, at), _share(kept, at)]
 
+def _tell_shares(row):
+    "The three shares in words."
+    hidden, replaced, kept = row
+    return f"{hidden:.0%} hidden, {replaced:.0%} replaced, {kept:.0%} kept"
+
 def _others_changed(mask):
     "Share of the tokens without a label that were changed."
     m = _hide(mask)
@@ -1519,7 +1639,8 @@ kinds["masking"] = _Kind(
     _fit_masking, (
         _Probe("15% of the tokens are chosen", _chosen_share, .02),
         _Probe("special tokens and padding are spared", _chosen_specials, 1e-6, .03),
-        _Probe("of the chosen, 80% are hidden, 10% replaced, 10% kept", _three_shares, .045),
+        _Probe("of the chosen, 80% are hidden, 10% replaced, 10% kept", _three_shares, .045,
+               tell=_tell_shares),
         _Probe("tokens that were not chosen stay", _others_changed, 1e-6, .02),
         _Probe("the labels are the original tokens", _labels_right, 1e-6, .04),
         _Probe("every place draws a random token of its own", _many_words),
@@ -1787,7 +1908,7 @@ def _named(path, name):
     found = []
     for part in name.split(","):
         if not hasattr(module, part.strip()):
-            raise AttributeError(f"{Path(path).name} defines no {part.strip()}")
+            raise _Misfit(f"{Path(path).name} defines no {part.strip()}")
         found.append(getattr(module, part.strip()))
     return found[0] if len(found) == 1 else tuple(found)
 
@@ -1811,10 +1932,15 @@ def _child(pipe, path, name, kind, done):
     for stream in (0, 1, 2):
         os.dup2(quiet, stream)
     torch.set_num_threads(1)
+    sys.argv = [str(path)]                                         # their file may read it
+    pipe.send(None)                                                # torch is there: the clock runs
     try:
         given = _handout_model(path, kind) if name.startswith("handout ") else _named(path, name)
+    except _Misfit as e:
+        pipe.send(e)
+        return
     except BaseException as e:
-        pipe.send(_Misfit(_where(e)))
+        pipe.send(_Unloaded(_where(e)))
         return
     try:
         for step in _steps(kind, given, done):
@@ -1836,7 +1962,8 @@ def _watch(path, name, kind, done, limit):
     try:
         while here.poll(limit + extra):
             extra = 0
-            yield here.recv()
+            if (step := here.recv()) is not None:
+                yield step
         yield f"it did not finish within {limit:g} s"
     except EOFError:
         yield "it ended the process"
@@ -1861,6 +1988,8 @@ def check_file(
     log.info("running the code in %s, without network", path)
     while True:
         for step in _watch(path, name, kind, done, limit):
+            if isinstance(step, _Unloaded):
+                return _unloaded(kind, target, str(step))
             if isinstance(step, _Misfit):
                 return _misfit(kind, target, str(step))
             if isinstance(step, _Called):
@@ -1872,7 +2001,8 @@ def check_file(
             else:
                 return Report(kind, target, called, tuple(f for f, _ in done), *step)
         if not called:
-            return _misfit(kind, target, why)
+            return _unloaded(kind, target, f"{why}; what trains when the file is loaded "
+                             "belongs under if __name__ == '__main__'")
         if len(done) == len(kinds[kind].probes):                   # it was the naming that failed
             return Report(kind, target, called, tuple(f for f, _ in done))
         says = kinds[kind].probes[len(done)].says
@@ -1906,11 +2036,16 @@ def check_handout(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no directory")
-    reports = []
+    reports, broken = [], {}
     for file, name, kind in _handout:
-        if (folder / file).is_file():
-            report = check_file(folder / file, name, kind, limit)
+        target = f"{file}:{name.removeprefix('handout ')}"
+        if not (folder / file).is_file():
+            report = _unloaded(kind, target, f"{file} is not there")
+        elif file in broken:
+            report = _unloaded(kind, target, broken[file])
         else:
-            report = _misfit(kind, file, f"{file} is not there")
+            report = check_file(folder / file, name, kind, limit)
+        if report.findings[0].says == _loads:
+            broken[file] = report.findings[0].note
         reports.append(report)
     return reports

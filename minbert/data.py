@@ -104,13 +104,12 @@ class Corpus:
                 raise UserError(f"there is no task {name!r}; there are {', '.join(self.rows)}")
         return replace(self, rows={name: self.rows[name] for name in names})
 
-# %% ../nbs/00_data.ipynb #1c70e90e
+# %% ../nbs/00_data.ipynb #040e84ba
 def pocket() -> dict[str, dict[str, Rows]]: # task → split → rows; test rows have no labels
     "The sentences that were written for this project."
     place = Path(find_spec("minbert").origin).parent / "pocket"
     return {name: read_splits(tasks[name], place.joinpath) for name in main_tasks}
 
-# %% ../nbs/00_data.ipynb #e9d0f2a5
 published = ("https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/"
              "7ac8260577fc12a86c7aaf38918056c30054ef39/data/")
 _hashes = """

@@ -1,8 +1,10 @@
 """`minbert check`: somebody's file, in a process of its own; and a handout's directory."""
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import PROGRAM, ROOT, run
 
@@ -362,6 +364,73 @@ def test_an_unfinished_handout(tmp_path):
     assert attention["passed"] and add_norm["passed"]
     assert "NotImplementedError" in failed(bert)[0]["note"]
     assert "bert.py, line" in failed(bert)[0]["note"]
+
+
+ARGV = """
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--epochs", type=int, default=1{})
+args = parser.parse_args()
+
+
+class AdamW"""
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("import math\n", "import math\nimport explainaugment\n",
+     r"could not be tried: optimizer.py, line \d+: ModuleNotFoundError: .*explainaugment.*install"),
+    ("\nclass AdamW", ARGV.format(""), "^right$"),
+    ("\nclass AdamW", ARGV.format(", required=True"),
+     r"could not be tried: optimizer.py, line \d+: SystemExit: 2 .*__name__ == '__main__'"),
+    ("\nclass AdamW", "here = torch.ones(2).cuda()\n\n\nclass AdamW",
+     r"could not be tried: optimizer.py, line \d+: .*there is none here: say .to"),
+    ("state[\"t\"] += 1", "raise NotImplementedError",
+     r"not finished: optimizer.py, line \d+: NotImplementedError$"),
+    ("p.data -= rate * state", "continue; p.data -= rate * state", "^wrong: ")],
+    ids=["package", "arguments", "needed arguments", "GPU", "unfinished", "does nothing"])
+def test_what_stands_in_the_way(tmp_path, old, new, words):
+    "What is usual in course projects is said in words that their author knows."
+    if "cuda" in new and torch.cuda.is_available():
+        pytest.skip("here is a GPU")
+    (tmp_path / "my project").mkdir()
+    folder = handout(tmp_path / "my project", ("optimizer.py", old, new))
+    code, report, _ = check(f"{folder}/optimizer.py:AdamW")
+    assert re.search(words, report["in_short"]), report["in_short"]
+    assert code == (report["in_short"] != "right")
+
+
+def test_a_module_is_asked_at_its_own_width(tmp_path):
+    "What fails only with a mask has no small example without one."
+    change = ("bert.py", "F.softmax(scores + attention_mask, dim=-1)",
+              "F.softmax(scores, dim=-1) + attention_mask")
+    _, report, _ = check(f"{handout(tmp_path, change)}/bert.py:BertSelfAttention")
+    named = [m["mistake"] for m in report["mistakes"]]
+    assert (named, report["example"]) == (["adds the additive mask after the softmax"], "")
+
+
+def test_a_directory_in_short(tmp_path):
+    "Each part in a line at the end."
+    got = run(PROGRAM, "check", "--handout", handout(tmp_path, without=["optimizer.py"]))
+    assert got.stdout.endswith("""In short:
+  optimizer.py:AdamW: could not be tried: optimizer.py is not there
+  bert.py:BertSelfAttention: right
+  bert.py:add_norm: right
+  bert.py:BertModel: right
+"""), got.stdout
+
+
+def test_a_report_in_a_notebook():
+    "Words beside the marks; a mistake leads to the site; its cost is said, or not measured."
+    from minbert.check import check_pcgrad, site
+    html = check_pcgrad(lambda grads: grads.mean(0))._repr_html_()
+    assert "✗ FAIL" in html and "✓ ok" in html and "Cost in score: not measured" in html
+    section = f"{site}07_pcgrad.html#a-small-table-is-enough"
+    assert f"<a href='{section}'><b>takes the mean instead of the sum</b></a>" in html
+    summed = check_pcgrad(lambda grads: grads.sum(0))
+    assert "±" in summed.as_dict()["mistakes"][0]["cost"]
+    strange = check_pcgrad(lambda grads: 3 * grads[0])
+    assert not strange.mistakes and f"<a href='{site}07_pcgrad.html'>" in strange._repr_html_()
+    assert f"read: 07_pcgrad, {site}07_pcgrad.html" in repr(strange)
 
 
 def test_an_empty_directory(tmp_path):
