@@ -6,7 +6,7 @@
 __all__ = ['answer_distances', 'settings', 'sym_kl', 'bernoulli_sym_kl', 'squared_error', 'distance_for', 'Smart', 'radius',
            'sup_norm', 'smart_perturb', 'same_dropout', 'smart_penalty', 'EmbeddingHook', 'follow', 'SmartPlug']
 
-# %% ../nbs/09_smart.ipynb #12e17a78
+# %% ../nbs/09_smart.ipynb #a25aa48d
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from .core import Plug, UserError, random_state, replayed
+from .core import Plug, UserError, has_bf16, log, random_state, replayed
 
 # %% ../nbs/09_smart.ipynb #e1284dd6
 def sym_kl(
@@ -298,7 +298,7 @@ def follow(
     for slow, p in zip(teacher.buffers(), student.buffers()):
         slow.copy_(p)
 
-# %% ../nbs/09_smart.ipynb #c4d4f0be
+# %% ../nbs/09_smart.ipynb #0898392d
 class SmartPlug(Plug):
     "SMART in the training loop."
     def __init__(self,
@@ -315,6 +315,15 @@ class SmartPlug(Plug):
             self.teacher.zero_grad(set_to_none=True)
         if config.lam:
             self.hook = EmbeddingHook(model, config.at)
+            self.flag_rounding()
+
+    def flag_rounding(self):
+        "Say so where bf16 rounds most of a small move away."
+        least = 1e-4 if self.config.at == "words" else 3e-4
+        small = self.config.project and self.config.eps < least
+        if small and has_bf16(next(self.model.parameters()).device):
+            log.warning("SMART: eps is %g, and bf16 drowns so small a move in rounding; "
+                        "MINBERT_PRECISION=fp32 computes it", self.config.eps)
 
     def penalty(self, task, batch, out) -> Tensor|float:
         "λ R_s + μ times the distance from the teacher; exactly 0 where both are switched off."
