@@ -14,6 +14,7 @@ import os
 import sys
 from argparse import SUPPRESS
 from pathlib import Path
+from textwrap import fill
 
 from fastcore.script import Param, anno_parser
 
@@ -653,9 +654,13 @@ def command_check(
     return 0 if all(reports) else 1
 
 def _print_reports(reports, as_json):
-    "Tables, or one JSON object."
+    "Tables, and at the end each in a line where there are several; or one JSON object."
     if not as_json:
         print(*reports, sep="\n\n")
+        if len(reports) > 1:
+            lines = [f"{r.target}: {r.in_short}" for r in reports]
+            lines = [fill(x, 90, subsequent_indent="      ") for x in lines]
+            print("\nIn short:", *lines, sep="\n  ")
     elif len(reports) == 1:
         print(json.dumps(reports[0].as_dict()))
     else:
