@@ -6,7 +6,7 @@
 __all__ = ['reported', 'recipes', 'presets', 'Recipe', 'get_recipe', 'describe_plugs', 'ingredients', 'Preset', 'get_preset',
            'batch_sizes', 'Setup', 'make_heads', 'Job', 'compose', 'run_row', 'pretrained', 'open_runs']
 
-# %% ../nbs/12_recipes.ipynb #7b6d9c94
+# %% ../nbs/12_recipes.ipynb #d2a58fbe
 import math
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from torch import nn
 
 from .bert import BertModel
 from .conflicts import Atlas
-from .core import UserError, log, pick_device
+from .core import UserError, log, pick_device, read_json
 from .checkpoints import load_tokenizer
 from .data import Corpus, Rows, encode, main_tasks, tasks
 from .electra import pretraining
@@ -360,7 +360,7 @@ def _record(r):
     plugs = [{"name": type(p).__name__, **asdict(p)} for p in r.plugs]
     return {**asdict(replace(r, plugs=())), "plugs": plugs}
 
-# %% ../nbs/12_recipes.ipynb #7045828f
+# %% ../nbs/12_recipes.ipynb #68587bdd
 def run_row(
     row:str, # E1…E18, S1…S10, C1…C7 or best
     out:str|Path, # the run directory
@@ -381,6 +381,9 @@ def run_row(
         start = pretrained(r, out.parent, corpus, setup, progress)
         job = compose(row, corpus, replace(setup, init=str(start)))
         job.data.info["init"] = start.parent.name
+        before = read_json(start.parent / "result.json")
+        if "samples" in before:                  # how replaced tokens were drawn
+            job.data.info["samples"] = before["samples"]
     else:
         job = compose(row, corpus, setup)
     return train(out, *job, resume=resume, progress=progress)

@@ -7,7 +7,7 @@ __all__ = ['score_names', 'margins', 'three_models', 'effects', 'clearly', 'by_a
            'report_scores', 'spread', 'Collection', 'collect', 'Claim', 'changed', 'weigh_evidence', 'evidence',
            'claim_verdict', 'headline', 'verdict_words', 'plot_forest', 'report_table']
 
-# %% ../nbs/A6b_results.ipynb #5f864d96
+# %% ../nbs/A6b_results.ipynb #2ecc9670
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +16,13 @@ import pandas as pd
 
 from .core import UserError, palette, read_json
 from .data import Corpus, Rows, main_tasks, tasks
+from .electra import second_pass
 from .heads import overall
 from .recipes import get_recipe, recipes, reported
 from .runs import kept, results_dir, run_name, stored_answers
 from .stats import Difference, Noise, decide, influence, standard_error
 
-# %% ../nbs/A6b_results.ipynb #1947354f
+# %% ../nbs/A6b_results.ipynb #dd3b037b
 def stored_runs(
     results:str|Path|None=None, # where runs are kept; default: what comes with the project
     preset:str="cpu", # whose runs
@@ -33,6 +34,12 @@ def stored_runs(
     if len(data) > 1:
         raise UserError(f"{results}: runs on different data ({', '.join(data)}) "
                         "are not put in one table")
+    drawn = {(r["row"], r.get("samples", second_pass)) for r in runs}
+    for row in {row for row, _ in drawn}:
+        ways = sorted(way for name, way in drawn if name == row)
+        if len(ways) > 1:
+            raise UserError(f"{results}: runs of {row} with samples from {' and from '.join(ways)} "
+                            "are not put in one table")
     place = {row: k for k, row in enumerate(recipes)}
     return sorted(runs, key=lambda r: (place.get(r["row"], len(place)), r["seed"]))
 
