@@ -667,7 +667,7 @@ def _print_reports(reports, as_json):
         found = [r.as_dict() for r in reports]
         print(json.dumps({"passed": all(reports), "reports": found}))
 
-# %% ../nbs/A9_cli.ipynb #f51eb97e
+# %% ../nbs/A9_cli.ipynb #ffc936bf
 def _demo_bert(init, corpus):
     "MiniLM, or, with a line that says so, the pocket model."
     from minbert.bert import BertModel
@@ -697,7 +697,7 @@ def _cut_cosines(model, train):
     from minbert.heads import predict_logits
     for name, head in model.configs.items():
         if head.cosine and head.task.binary:
-            some = train[name].head(500)
+            some = train[name].sample(500)
             edge = best_threshold(predict_logits(model, name, some).numpy(), some.rows.labels)
             model.configs[name] = replace(head, threshold=float(min(max(edge, 0), 1)))
 

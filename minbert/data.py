@@ -307,7 +307,7 @@ def pocket_vocab() -> list[str]: # some 3,000 tokens
     words = sorted(set(re.findall(r"[a-z]{2,}", " ".join(texts).lower())))
     return [*specials, *letters, *("##" + c for c in letters), *words]
 
-# %% ../nbs/00_data.ipynb #ba972a7a
+# %% ../nbs/00_data.ipynb #f95122ba
 @dataclass(frozen=True)
 class Encoded:
     "The rows of one split as token ids, without special tokens."
@@ -334,6 +334,14 @@ class Encoded:
     ) -> int:
         "How many rows lose tokens to `max_length`."
         return int((self.lengths(pairs, 10**9) > max_length).sum())
+
+    def sample(self,
+        n:int, # rows; all, if there are no more
+    ) -> "Encoded":
+        "Rows drawn at random, the same every time: a file may be sorted by its labels."
+        index = self.rows.pick(n)
+        ids = [self.ids[i] for i in index]
+        return replace(self, rows=self.rows.take(index), ids=ids, sizes=self.sizes[index])
 
     def head(self,
         n:int, # rows

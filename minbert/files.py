@@ -271,7 +271,7 @@ def _check_labels(task):
     numbers = len(span) == 2 and all(type(x) in (int, float) for x in span)
     _check(numbers and -np.inf < span[0] < span[1] < np.inf, task, "range is two rising numbers")
 
-# %% ../nbs/A2_files.ipynb #86b53f43
+# %% ../nbs/A2_files.ipynb #83ad4aa3
 @dataclass(frozen=True)
 class Rows:
     "The rows of one file: ids, texts (one or two a row) and labels."
@@ -293,6 +293,12 @@ class Rows:
         labels = None if self.labels is None else self.labels[np.asarray(index, dtype=int)]
         return replace(self, ids=[self.ids[i] for i in index],
                        texts=[self.texts[i] for i in index], labels=labels)
+
+    def pick(self,
+        n:int, # rows; all, if there are no more
+    ) -> np.ndarray: # positions, in their order
+        "Where n rows stand that are drawn at random, the same every time."
+        return np.sort(np.random.default_rng(0).permutation(len(self))[:n])
 
     def keys(self) -> list[tuple[str, ...]]: # one per row
         "What texts are compared by: without case, blanks and punctuation, pairs in either order."

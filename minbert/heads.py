@@ -7,7 +7,7 @@ __all__ = ['pools', 'features', 'losses', 'metrics', 'model_files', 'Output', 'H
            'make_batch', 'accuracy', 'macro_f1', 'pearson', 'overall', 'predict_logits', 'predict_rows',
            'encoder_cosine', 'encoder_floor', 'example_answers']
 
-# %% ../nbs/04_heads.ipynb #13a74aa0
+# %% ../nbs/04_heads.ipynb #aa5e1392
 import json
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -58,7 +58,7 @@ def _concat_diff(u, v):
 
 features = {"concat": _concat, "concat_diff": _concat_diff}
 
-# %% ../nbs/04_heads.ipynb #fed39aa1
+# %% ../nbs/04_heads.ipynb #aac95367
 class Output(NamedTuple):
     "What a head says about a batch."
     logits: Tensor # (b, C) for three labels or more, else (b,): logit, score, or cosine
@@ -95,7 +95,7 @@ def _mnrl(out, labels, c, scale=20.):
     keep = _scaled(labels, c.task) >= c.threshold
     u, v = (F.normalize(x[keep], dim=-1) for x in (out.u, out.v))   # (K, d) each
     if len(u) == 0:
-        return out.u.sum() * 0                                      # no positive pair: no gradient
+        return out.u.sum() * 0                                    # no positive pair: zero gradient
     return F.cross_entropy(scale * u @ v.T, torch.arange(len(u), device=u.device))
 
 losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "cosine_mse": _cosine_mse,
@@ -162,7 +162,7 @@ def head_for(
         return HeadConfig(task, loss=task.loss)
     return HeadConfig(task, "separate", features=task.head, loss=task.loss)
 
-# %% ../nbs/04_heads.ipynb #b15b2554
+# %% ../nbs/04_heads.ipynb #6d6cc4a4
 class _Head(nn.Module):
     "From pooled vectors to logits, a score or a cosine."
     def __init__(self,
@@ -210,10 +210,10 @@ def decode(
         return scores.clamp(t.low, t.high)
     if not t.binary:
         return logits.argmax(-1)
-    edge = {"bce": 0., "mse": .5}.get(c.loss, c.threshold)      # cosines: the threshold
+    edge = c.threshold if c.cosine else {"bce": 0., "mse": .5}[c.loss]
     return (logits >= edge).long()
 
-# %% ../nbs/04_heads.ipynb #d00b6ce2
+# %% ../nbs/04_heads.ipynb #bfc4bf3f
 class MultitaskBert(nn.Module):
     "One BERT, one head per task."
     def __init__(self,
@@ -239,7 +239,10 @@ class MultitaskBert(nn.Module):
         c = self.configs[task]
         out = self.bert(batch.input_ids, batch.attention_mask, batch.token_type_ids)
         pooled = pools[c.pool](out, batch.attention_mask)               # (r, d)
-        return self.heads[_key(task)](*(pooled.chunk(2) if c.two else [pooled]))
+        head = self.heads[_key(task)]
+        if c.two:
+            return head(*pooled.chunk(2))                               # u, v: (b, d) each
+        return head(pooled)
 
     def loss(self, task:str, batch:Batch, out:Output) -> Tensor:
         "Mean loss over the batch's rows."
@@ -343,18 +346,16 @@ def overall(
                for name, t in tasks.items()]
     return {**scores, "overall": sum(brought) / len(raw), "overall_raw": sum(raw) / len(raw)}
 
-# %% ../nbs/04_heads.ipynb #b32c088b
+# %% ../nbs/04_heads.ipynb #d84e880b
 def _by_tokens(lengths, tokens=2048):
     "Batches of rows of similar length, each with at most so many tokens, padding included."
-    rows, batches, start = np.argsort(lengths, kind="stable"), [], 0
-    while start < len(rows):
-        longest = lengths[rows[min(start + 8, len(rows) - 1)]]
-        end = min(start + max(1, int(tokens // longest)), len(rows))
-        while end - start > 1 and (end - start) * lengths[rows[end - 1]] > tokens:
-            end -= 1
-        batches.append(rows[start:end])
-        start = end
-    return batches
+    batches = [[]]
+    for row in np.argsort(lengths, kind="stable"):
+        size = (len(batches[-1]) + 1) * lengths[row]            # row would be the longest in it
+        if batches[-1] and size > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return [np.array(batch) for batch in batches]
 
 @torch.no_grad()
 def predict_logits(
@@ -397,7 +398,7 @@ def encoder_cosine(
     encoded = encode(load_tokenizer(bert.vocab, bert.lowercase), rows)
     return predict_logits(MultitaskBert(bert, [head]), rows.task.name, encoded).numpy()
 
-# %% ../nbs/04_heads.ipynb #f93ff770
+# %% ../nbs/04_heads.ipynb #70f8f5c6
 def encoder_floor(
     bert:BertModel, # any encoder
     corpus:Corpus, # any tasks
@@ -411,7 +412,7 @@ def encoder_floor(
         if task.kind == "score":
             found[name] = pearson(encoder_cosine(bert, dev), dev.labels)
             continue
-        train = train.take(range(min(4000, len(train))))
+        train = train.take(train.pick(4000))
         edge = best_threshold(encoder_cosine(bert, train), train.labels)
         found[name] = accuracy(encoder_cosine(bert, dev) >= edge, dev.labels)
     return found

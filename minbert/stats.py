@@ -110,7 +110,7 @@ class Noise:
         low, high = chi2.ppf([.975, .025], self.df)
         return (self.variance * self.df / low)**.5, (self.variance * self.df / high)**.5
 
-# %% ../nbs/A4_stats.ipynb #7d709940
+# %% ../nbs/A4_stats.ipynb #8bb15ee7
 @dataclass(frozen=True)
 class Difference:
     "A weighted sum of scores, and all that makes it uncertain."
@@ -138,7 +138,9 @@ class Difference:
     def df(self, seeds=0):
         "Satterthwaite's degrees of freedom."
         of_seeds = self.noise.variance * (self.rows / seeds if seeds else self.spread)
-        return self.noise.df * (self.variance(seeds) / max(of_seeds, 1e-300))**2
+        if not of_seeds:
+            return np.inf
+        return self.noise.df * (self.variance(seeds) / of_seeds)**2
 
     def half(self, seeds=0):
         "Half of the 95 % interval."

@@ -6,10 +6,10 @@
 __all__ = ['sum_losses', 'pick_combine', 'check_finite', 'Model', 'fit', 'Clip', 'Schedule', 'make_feeds', 'load_batches',
            'plot_losses', 'evaluate', 'write_predictions', 'build', 'TaskData', 'plot_scores']
 
-# %% ../nbs/06_train.ipynb #903086db
+# %% ../nbs/06_train.ipynb #65ff2736
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -239,7 +239,7 @@ def build(
         splits[split] = {t: encode(tokenizer, corpus[t][split]) for t in model.configs}
     return model, splits
 
-# %% ../nbs/06_train.ipynb #c1e8e390
+# %% ../nbs/06_train.ipynb #cdcc9b36
 @dataclass
 class TaskData:
     "Labelled tasks, as the harness asks for them."
@@ -262,7 +262,7 @@ class TaskData:
                 raise UserError(f"a batch of {size} rows of {task}: it needs 1 or more")
         mixing = getattr(self.mixing, "func", self.mixing).__name__
         self.info = {**self.info, "mixing": mixing, "batch_sizes": dict(self.batch_sizes),
-                     "eval_rows": self.eval_rows}
+                     "eval_rows": self.eval_rows, "eval_sample": "random"}
 
     def steps(self,
         model:MultitaskBert, # batches are put on its device
@@ -276,8 +276,8 @@ class TaskData:
     def look(self,
         model:MultitaskBert, # as it is now
     ) -> dict[str, float]: # scores, with overall
-        "Score the first dev rows of every task."
-        some = {t: e.head(self.eval_rows) for t, e in self.splits["dev"].items()}
+        "Score some dev rows of every task, the same at every look."
+        some = {t: e.sample(self.eval_rows) for t, e in self.splits["dev"].items()}
         return evaluate(model, some)[0]
 
     def save(self,
@@ -298,14 +298,8 @@ class TaskData:
         scores, answers = evaluate(model, dev, run.show)
         for t, e in dev.items():
             write_predictions(run.path / f"dev-{t}.csv", e.rows, answers[t])
-        some = {t: _sample(e, self.sample) for t, e in self.splits["train"].items()}
+        some = {t: e.sample(self.sample) for t, e in self.splits["train"].items()}
         return {"dev": scores, "train": evaluate(model, some, run.show)[0]}
-
-def _sample(encoded, n):
-    "The same n rows every time."
-    index = np.random.default_rng(0).permutation(len(encoded))[:n]
-    ids = [encoded.ids[i] for i in index]
-    return replace(encoded, rows=encoded.rows.take(index), ids=ids, sizes=encoded.sizes[index])
 
 # %% ../nbs/06_train.ipynb #34cfe576
 def plot_scores(

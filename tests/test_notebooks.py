@@ -3,6 +3,7 @@ import ast
 import configparser
 import filecmp
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import pytest
 from conftest import NOTEBOOKS, ROOT, run
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+threads = str(max(1, os.cpu_count() // workers)) # the cores are shared out
 
 
 @each
 def test_runs(path):
     "nbdev's own test runner; cells flagged slow are left out, as settings.ini says."
     got = run(Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", 0,
-              timeout=600, cwd=ROOT, OMP_NUM_THREADS=None, MPLBACKEND="agg")
+              timeout=900, cwd=ROOT, OMP_NUM_THREADS=threads, MPLBACKEND="agg")
     assert got.returncode == 0 and "Success." in got.stdout, got.stderr[-6000:]
 
 
