@@ -22,7 +22,7 @@ from .recipes import get_recipe, recipes, reported
 from .runs import kept, results_dir, run_name, stored_answers
 from .stats import Difference, Noise, decide, influence, standard_error
 
-# %% ../nbs/A6b_results.ipynb #dd3b037b
+# %% ../nbs/A6b_results.ipynb #e413b3d3
 def stored_runs(
     results:str|Path|None=None, # where runs are kept; default: what comes with the project
     preset:str="cpu", # whose runs
@@ -39,7 +39,7 @@ def stored_runs(
         ways = sorted(way for name, way in drawn if name == row)
         if len(ways) > 1:
             raise UserError(f"{results}: runs of {row} with samples from {' and from '.join(ways)} "
-                            "are not put in one table")
+                            "are not put in one table; keep those of one kind there")
     place = {row: k for k, row in enumerate(recipes)}
     return sorted(runs, key=lambda r: (place.get(r["row"], len(place)), r["seed"]))
 
