@@ -39,7 +39,7 @@ def attention(
         weight = dropout(weight)
     return torch.einsum("bhij,bhjd->bhid", weight, v)  # (b, h, n, d/h)
 
-# %% ../nbs/01_attention.ipynb #90c9cda3
+# %% ../nbs/01_attention.ipynb #605c3f9f
 class SelfAttention(nn.Module):
     "Every token of a text looks at every token of that text, with several heads at once."
     def __init__(self,
@@ -59,7 +59,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]: # queries, keys, values, each (b, h, n, d/h)
         "Project, then give each head its own slice of the width."
         q, k, v = self.query(x), self.key(x), self.value(x)  # (b, n, d) each
-        return tuple(y.unflatten(-1, (self.h, -1)).transpose(1, 2) for y in (q, k, v))
+        cut = [y.unflatten(-1, (self.h, -1)) for y in (q, k, v)]                   # (b, n, h, d/h)
+        return tuple(y.transpose(1, 2) for y in cut)
 
     def forward(self,
         x:Tensor, # (b, n, d)

@@ -52,7 +52,7 @@ tasks = {task.name: task for task in _records}
 main_tasks = ("sst", "para", "sts")
 task_colors = colors_for(tasks)
 
-# %% ../nbs/00_data.ipynb #2ee6111b
+# %% ../nbs/00_data.ipynb #7192fdc8
 @dataclass(frozen=True)
 class Corpus:
     "All tasks' rows: corpus[task][split]."
@@ -87,11 +87,11 @@ class Corpus:
     def limit(self,
         n:int, # 0 keeps all
     ) -> "Corpus":
-        "The first n rows of every task and split."
+        "The first n rows of every task and split: for a trial, never for a score."
         if not n:
             return self
         def cut(splits):
-            "The first rows of each split."
+            "Those of each split."
             return {s: r.take(range(min(n, len(r)))) for s, r in splits.items()}
         return Corpus({name: cut(splits) for name, splits in self.rows.items()}, self.name, n)
 
@@ -228,7 +228,7 @@ def overlap(
     a, b = (set(re.findall(r"\w+", t.lower())) for t in texts)
     return len(a & b) / max(1, len(a | b))
 
-# %% ../nbs/00_data.ipynb #878de136
+# %% ../nbs/00_data.ipynb #16da12f4
 def best_threshold(
     scores:np.ndarray, # (rows,) any real score
     labels:np.ndarray, # (rows,) 0 or 1
@@ -236,7 +236,8 @@ def best_threshold(
     "The threshold with the highest accuracy."
     order = np.argsort(-scores, kind="stable")
     s, y = scores[order], labels[order]
-    right = np.r_[0, np.cumsum(2*y - 1)] + (1 - y).sum() # right answers, k called 1
+    # none called 1: every 0 is right; each further row adds one if it is a 1, else loses one
+    right = np.r_[0, np.cumsum(2*y - 1)] + (1 - y).sum()
     ends = np.r_[True, s[1:] != s[:-1], True] # equal scores cannot be told apart
     k = np.flatnonzero(ends)[np.argmax(right[ends])]
     return np.inf if k == 0 else s[k - 1]
@@ -307,7 +308,7 @@ def pocket_vocab() -> list[str]: # some 3,000 tokens
     words = sorted(set(re.findall(r"[a-z]{2,}", " ".join(texts).lower())))
     return [*specials, *letters, *("##" + c for c in letters), *words]
 
-# %% ../nbs/00_data.ipynb #f95122ba
+# %% ../nbs/00_data.ipynb #385e0e5c
 @dataclass(frozen=True)
 class Encoded:
     "The rows of one split as token ids, without special tokens."
@@ -324,8 +325,11 @@ class Encoded:
         max_length:int=128, # tokens, special ones included
     ) -> np.ndarray: # (rows,)
         "Tokens of the longest sequence that each row becomes, special tokens included."
-        n = self.sizes
-        n = n.sum(1) + n.shape[1] + 1 if pairs == "cross" else n.max(1) + 2
+        n = self.sizes                        # (rows, texts)
+        if pairs == "cross":
+            n = n.sum(1) + n.shape[1] + 1     # one [CLS], and a [SEP] after each text
+        else:
+            n = n.max(1) + 2                  # the longer of two sequences
         return np.minimum(n, max_length)
 
     def truncated(self,
@@ -346,7 +350,7 @@ class Encoded:
     def head(self,
         n:int, # rows
     ) -> "Encoded":
-        "The first n rows."
+        "The first n rows: for a trial, never for a score."
         n = min(n, len(self))
         return replace(self, rows=self.rows.take(range(n)), ids=self.ids[:n], sizes=self.sizes[:n])
 
