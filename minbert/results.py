@@ -7,7 +7,7 @@ __all__ = ['score_names', 'margins', 'three_models', 'effects', 'clearly', 'by_a
            'report_scores', 'spread', 'Collection', 'collect', 'Claim', 'changed', 'weigh_evidence', 'evidence',
            'claim_verdict', 'headline', 'verdict_words', 'plot_forest', 'report_table']
 
-# %% ../nbs/A6b_results.ipynb #2ecc9670
+# %% ../nbs/A6b_results.ipynb #bd2c5d7d
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .electra import second_pass
 from .heads import overall
 from .recipes import get_recipe, recipes, reported
 from .runs import kept, results_dir, run_name, stored_answers
-from .stats import Difference, Noise, decide, influence, standard_error
+from .stats import Difference, Noise, decide, holm, influence, standard_error
 
 # %% ../nbs/A6b_results.ipynb #e413b3d3
 def stored_runs(
@@ -421,7 +421,7 @@ def _answer(e):
         return {"better": True, "worse": False}.get(over)
     return {"better": True, "worse": False, "equal": False}.get(e.verdict)
 
-# %% ../nbs/A6b_results.ipynb #bb61ecff
+# %% ../nbs/A6b_results.ipynb #f2bbdef0
 _headline = (
     ("a pair read together", "E9", "E3", "pairs"),
     ("cosine trained on the score", "E7", "E3", "pairs"),
@@ -449,9 +449,12 @@ def headline(
     "What each ingredient adds."
     lines = [{"name": f"{name} ({_ids(a, b)})", "group": group,
               **weigh_evidence(stored, a, b, score)} for name, a, b, group in _headline]
-    return pd.DataFrame(lines).sort_values("ours", key=abs, ascending=False, ignore_index=True)
+    lines = pd.DataFrame(lines).sort_values("ours", key=abs, ascending=False, ignore_index=True)
+    measured = lines.ours.notna()
+    lines.loc[measured, "holm"] = holm(lines.p[measured]) # many are read at once
+    return lines
 
-# %% ../nbs/A6b_results.ipynb #abfddb65
+# %% ../nbs/A6b_results.ipynb #cfc6d548
 def verdict_words(
     line, # of `headline` or `evidence`
 ) -> str:
@@ -464,7 +467,8 @@ def verdict_words(
     if line.verdict == "open":
         return "open"
     small = ", below the margin" if abs(line.ours) < margin else ""
-    return f"{line.verdict} by {abs(line.ours):.3f}{small}"
+    lost = ", not after Holm" if getattr(line, "holm", 0) > .05 else ""
+    return f"{line.verdict} by {abs(line.ours):.3f}{small or lost}"
 
 # %% ../nbs/A6b_results.ipynb #e4825800
 def plot_forest(
