@@ -18,7 +18,8 @@ from conftest import NOTEBOOKS, run, serving
 def processed(checkout):
     "The notebooks as nbdev hands them to Quarto, in a copy of the checkout."
     copy = checkout("site")
-    got = run(sys.executable, "-c", "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=1)", cwd=copy, timeout=400)
+    program = "from nbdev.quarto import refresh_quarto_yml\nfrom nbdev.serve import proc_nbs\nif __name__ == '__main__':\n    refresh_quarto_yml()\n    proc_nbs(n_workers=1)"
+    got = run(sys.executable, "-c", program, cwd=copy, timeout=400)
     assert got.returncode == 0, got.stderr[-1500:]
     return copy/"_proc"
 
@@ -131,19 +132,39 @@ def test_exported_names_have_their_parameters(pages):
 
 
 browsers = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SCREEN = 900                                                                      # pixels high
+WIDTHS = (1280, 768, 390)                                                         # a laptop, a tablet, a phone
+LOOK = """() => {
+  const main = document.querySelector("main"), box = e => e.getBoundingClientRect();
+  const code = [...main.querySelectorAll("div.sourceCode")].filter(e => !e.closest("details:not([open])"));
+  const first = main.querySelector("img, svg, canvas");
+  return {
+    images: Array.from(document.images).map(i => [i.naturalWidth, box(i).width]),
+    height: box(main).height,
+    code: code.reduce((sum, e) => sum + box(e).height, 0) / box(main).height,
+    figure: first && (box(first).top + scrollY)};
+}"""
+PLAIN_SUMMARY = "Code"                                                            # what a folded cell says that was given no words
+AXE = """async () => (await axe.run(document, {runOnly: ["color-contrast", "image-alt", "link-name", "document-title", "html-has-lang"]}))
+  .violations.flatMap(v => v.nodes.map(n => `${v.id}: ${n.html.slice(0, 120)}: ${n.any.map(a => a.message).join()}`))"""
+DARK = "() => (window.smalldocsToggleScheme || window.quartoToggleColorScheme)()"
 
 
-def test_in_a_browser(pages, site):
+@pytest.fixture(scope="module")
+def looks(pages, site):
+    "What a real browser sees on each page: page → its figures, heights, contrasts and complaints."
     program = next(filter(None, map(shutil.which, browsers)), None)
     if not program: pytest.skip("no browser: install Debian's chromium to have this look")
     sync = pytest.importorskip("playwright.sync_api")
+    axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js").read_text(encoding="utf-8")
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
 
+    seen = {}
     with serving(functools.partial(Quiet, directory=str(site))) as url, sync.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        context = browser.new_context(viewport={"width": WIDTHS[0], "height": SCREEN}, color_scheme="light")
         context.route(lambda u: not u.startswith(url), lambda r: r.abort())       # nothing from elsewhere is needed, and nothing is asked for
         for name in sorted(pages):
             page, errors = context.new_page(), []
@@ -151,11 +172,19 @@ def test_in_a_browser(pages, site):
             page.on("console", lambda m: errors.append(m.text) if m.type == "error" and "ERR_FAILED" not in m.text and "favicon" not in (m.location or {}).get("url", "") else None)
             page.on("response", lambda r: errors.append(f"{r.status} {r.url}") if r.status >= 400 and "favicon" not in r.url else None)
             assert page.goto(url + name, wait_until="load", timeout=60_000).ok
-            sizes = page.evaluate("Array.from(document.images).map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
-            assert len(sizes) == len(pages[name].pictures) and all(natural > 0 and shown > 0 for natural, shown in sizes), f"{name}: a figure is not displayed: {sizes}"
             assert page.locator("h1").first.is_visible() and page.title()
-            wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            assert wide <= 1, f"{name}: the page is {wide} pixels too wide"
-            assert not [e for e in errors if "katex" not in e.lower()], f"{name}: {errors}"      # smalldocs asks a CDN for KaTeX, Quarto does not
+            look = seen[name] = page.evaluate(LOOK)
+            look["links"] = page.evaluate("Array.from(document.querySelectorAll('.notebook-links a')).map(a => a.href)")
+            page.evaluate(axe)
+            look["light"] = page.evaluate(AXE)
+            page.evaluate(DARK)
+            look["dark"] = page.evaluate(AXE)
+            look["card"] = page.evaluate("getComputedStyle(document.querySelector('main img') || document.body).backgroundColor")
+            look["too wide"] = {}
+            for width in WIDTHS:
+                page.set_viewport_size({"width": width, "height": SCREEN})
+                look["too wide"][width] = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            look["errors"] = [e for e in errors if "katex" not in e.lower()]      # smalldocs asks a CDN for KaTeX, Quarto does not
             page.close()
         browser.close()
+    return seen
