@@ -13,7 +13,7 @@ ENTRY = (str, {"section": TEXT, "contents": [LINK]})
 KNOWN = {
     "project": {"type": TEXT, "render": [TEXT], "resources": [TEXT]},
     "execute": {"enabled": YES},
-    "format": {"html": {"theme": THEME, "toc": YES, "toc-depth": int, "code-copy": YES, "code-overflow": TEXT, "code-fold": YES, "css": TEXT, "include-after-body": TEXT,
+    "format": {"html": {"theme": THEME, "toc": YES, "toc-depth": int, "code-copy": YES, "code-overflow": TEXT, "code-fold": YES, "code-summary": TEXT, "css": TEXT, "include-after-body": TEXT,
                         "html-math-method": TEXT, "lightbox": YES, "grid": {"sidebar-width": TEXT, "body-width": TEXT, "margin-width": TEXT}}},
     "website": {"favicon": TEXT, "page-navigation": YES, "back-to-top-navigation": YES, "search": YES, "open-graph": YES, "twitter-card": YES,
                 "bread-crumbs": YES, "repo-subdir": TEXT, "repo-actions": [TEXT], "navbar": {"title": TEXT, "search": YES, "right": [dict], "left": [dict]}, "page-footer": (str, dict),
