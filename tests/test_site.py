@@ -142,6 +142,9 @@ LOOK = """() => {
   return {
     images: Array.from(document.images).map(i => [i.naturalWidth, box(i).width]),
     height: box(main).height,
+    bare: [...main.querySelectorAll("img:not([src^=thumb_])")].filter(i => !i.alt || !i.closest("figure")?.querySelector("figcaption")?.innerText).map(i => i.alt),
+    folds: [...main.querySelectorAll("details.code-fold:not([open]) > summary")].map(e => e.innerText),
+    defined: code.filter(e => box(e).height).flatMap(e => [...e.textContent.matchAll(/^(?:class|def) (\\w+)/gm)].map(m => m[1])),
     code: code.reduce((sum, e) => sum + box(e).height, 0) / box(main).height,
     figure: first && (box(first).top + scrollY)};
 }"""
@@ -149,7 +152,7 @@ AXE = """async (skip) => (await axe.run(skip ? {exclude: [skip]} : document, {re
     runOnly: ["color-contrast", "image-alt", "link-name", "document-title", "html-has-lang"]}))
   .violations.flatMap(v => v.nodes.map(n => `${v.id}: ${n.html.slice(0, 120)}: ${n.any.map(a => a.message).join()}`))"""
 AXED = {"index.html": None, "404.html": None, "glossary.html": None, "12b_own_row.html": None,          # page → what is left out there:
-        "07_pcgrad.html": "div.sourceCode", "13_results.html": "div.sourceCode", "A3_checkpoints.html": "div.sourceCode"}      # a second look at thousands of words of code
+        "07_pcgrad.html": "div.sourceCode", "13_results.html": "div.sourceCode"}      # a second look at thousands of words of code
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +184,10 @@ def looks(pages, site):
             assert page.locator("h1").first.is_visible() and page.title()
             look = seen[name] = page.evaluate(LOOK)
             look["links"] = page.evaluate("Array.from(document.querySelectorAll('.notebook-links a')).map(a => a.href)")
+            if name == "index.html":
+                page.route("https://raw.githubusercontent.com/**", lambda r: r.fulfill(body="{}", headers={"Access-Control-Allow-Origin": "*"}))
+                with page.expect_download() as got: page.get_by_text("Download the notebook").click()
+                look["downloaded"] = got.value.suggested_filename
             if name in AXED:
                 look["light"] = found(page, name)
                 page.emulate_media(color_scheme="dark")
@@ -204,6 +211,11 @@ def test_pages_load_without_complaints_and_show_their_figures(looks, pages):
         assert all(natural > 0 and shown > 0 for natural, shown in look["images"]), f"{name}: a figure is not displayed: {look['images']}"
 
 
+def test_every_picture_has_alternative_text_and_a_caption(looks):
+    "But the front page's thumbnails: their captions are the links under them."
+    assert not {name: look["bare"] for name, look in looks.items() if look["bare"]}
+
+
 def test_no_page_scrolls_sideways(looks):
     wide = [f"{name} at {width}: {by} pixels" for name, look in looks.items() for width, by in look["too wide"].items() if by > 1]
     assert not wide, "\n".join(wide)
@@ -225,6 +237,15 @@ def test_each_notebooks_page_offers_it_in_colab_and_for_download(looks):
         place = f"minbert/minbert/blob/main/nbs/{nb.name}"
         assert looks[f"{nb.stem}.html"]["links"] == [f"https://colab.research.google.com/github/{place}",
                                                      f"https://raw.githubusercontent.com/{place.replace('blob/', '')}"], nb.name
+    assert looks["index.html"]["downloaded"] == "index.ipynb"
+
+
+def test_imports_and_long_sources_are_folded(looks):
+    "What a card documents is seen once: a short source stands for the card's first lines, a long one is closed."
+    look = looks["02_bert.html"]
+    assert {"Imports", "Source of BertModel"} <= set(look["folds"]) and "Source of Pooler" not in look["folds"]
+    assert look["defined"].count("BertModel") == look["defined"].count("Pooler") == 1, look["defined"]
+    assert all(words.strip() not in ("", "Code") for look in looks.values() for words in look["folds"])
 
 
 def test_a_chapter_shows_more_than_code_and_soon_a_figure(looks):
