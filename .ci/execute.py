@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import colab
+
 root = Path(__file__).resolve().parent.parent
 nbs, record = root / "nbs", root / "nbs/executed.json"
 
@@ -34,9 +36,10 @@ def sha(data):
 
 
 def code_hash(path):
-    "A hash of a notebook's code cells."
+    "A hash of a notebook's code cells, without the line that only Colab runs."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return sha("\0".join("".join(c["source"]).strip() for c in cells if c["cell_type"] == "code").encode())
+    sources = ["".join(c["source"]).strip() for c in cells if c["cell_type"] == "code"]
+    return sha("\0".join(colab.without(sources)).encode())
 
 
 def file_hash(name):

@@ -28,7 +28,8 @@ def make():
     for entry in sidebar:
         if isinstance(entry, str): continue
         lines += ["", f"## {entry['section']}", ""]
-        for name in entry["contents"]:
+        for page in entry["contents"]:
+            name = page if isinstance(page, str) else page["href"]
             title, text = head(name)
             lines.append(f"- [{title}]({where}{name}): {text}")
     return "\n".join(lines) + "\n"

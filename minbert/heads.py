@@ -470,7 +470,6 @@ def _tuples(x):
     "Lists to tuples, inside as well."
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
-# %% ../nbs/04_heads.ipynb #5ec040b7
 def _as_rows(task, texts):
     "Wrap plain texts or pairs as rows of a task, every text checked."
     single = isinstance(texts, str)

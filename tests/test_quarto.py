@@ -8,20 +8,24 @@ from conftest import NOTEBOOKS, ROOT
 
 TEXT, YES, NUMBER = str, bool, (int, float)
 THEME = {"light": (str, list), "dark": (str, list)}
+LINK = (str, {"href": TEXT, "text": TEXT})                                            # a page, with its title or with words of ours
+ENTRY = (str, {"section": TEXT, "contents": [LINK]})
 KNOWN = {
     "project": {"type": TEXT, "render": [TEXT], "resources": [TEXT]},
     "execute": {"enabled": YES},
-    "format": {"html": {"theme": THEME, "toc": YES, "toc-depth": int, "code-copy": YES, "code-overflow": TEXT, "code-fold": YES, "css": TEXT,
+    "format": {"html": {"theme": THEME, "toc": YES, "toc-depth": int, "code-copy": YES, "code-overflow": TEXT, "code-fold": YES, "code-summary": TEXT, "css": TEXT, "include-after-body": TEXT,
                         "html-math-method": TEXT, "lightbox": YES, "grid": {"sidebar-width": TEXT, "body-width": TEXT, "margin-width": TEXT}}},
     "website": {"favicon": TEXT, "page-navigation": YES, "back-to-top-navigation": YES, "search": YES, "open-graph": YES, "twitter-card": YES,
-                "repo-actions": [TEXT], "navbar": {"title": TEXT, "search": YES, "right": [dict], "left": [dict]}, "page-footer": (str, dict),
-                "sidebar": {"style": TEXT, "contents": [(str, dict)]}},
+                "bread-crumbs": YES, "repo-subdir": TEXT, "repo-actions": [TEXT], "navbar": {"title": TEXT, "search": YES, "right": [dict], "left": [dict]}, "page-footer": (str, dict),
+                "sidebar": {"style": TEXT, "contents": [ENTRY]}},
     "bibliography": TEXT,
     "metadata-files": [TEXT]}
 
 
 def strange(value, known, path=""):
     "Keys that are not known, and values of another type."
+    if isinstance(known, tuple) and dict in map(type, known):                           # text, or a mapping
+        return [] if isinstance(value, str) else strange(value, known[-1], path)
     if isinstance(known, dict):
         if not isinstance(value, dict): return [f"{path}: {value!r} is no mapping"]
         return [x for k, v in value.items() for x in (strange(v, known[k], f"{path}.{k}") if k in known else [f"{path}.{k}: an unknown key"])]
@@ -44,19 +48,36 @@ def test_what_stopped_the_build_is_noticed():
     assert strange({"website": {"favikon": "a.svg"}, "toc": True}, KNOWN) == [".website.favikon: an unknown key", ".toc: an unknown key"]
 
 
+def test_an_entry_of_the_sidebar_is_checked_inside():
+    wrong = {"website": {"sidebar": {"contents": [{"section": "A", "contents": [{"href": "a.ipynb", "txt": "A"}]}]}}}
+    assert strange(wrong, KNOWN) == [".website.sidebar.contents[0].contents[0].txt: an unknown key"]
+
+
 def test_files_that_the_settings_name_are_there():
     site = load("_quarto.yml")
-    assert (ROOT/"nbs"/site["website"]["favicon"]).is_file()
+    for name in (site["website"]["favicon"], site["format"]["html"]["css"], site["format"]["html"]["include-after-body"]): assert (ROOT/"nbs"/name).is_file(), name
     assert "*.qmd" in site["project"]["render"] and (ROOT/"nbs/404.qmd").is_file()
     assert (ROOT/"nbs/_quarto.yml").is_symlink() and (ROOT/"nbs/_quarto.yml").resolve() == ROOT/"_quarto.yml"
     assert site["metadata-files"] == ["nbdev.yml", "sidebar.yml"] and site["execute"] == {"enabled": False}
     assert "output-dir" not in site["project"]
 
 
+def links():
+    "The sidebar's pages in order: (file, words or None)."
+    entries = load("nbs/sidebar.yml")["website"]["sidebar"]["contents"]
+    flat = [link for e in entries for link in ([e] if isinstance(e, str) else e["contents"])]
+    return [(link, None) if isinstance(link, str) else (link["href"], link["text"]) for link in flat]
+
+
 def test_the_sidebar_names_every_notebook_once():
-    named = []
-    for entry in load("nbs/sidebar.yml")["website"]["sidebar"]["contents"]: named += [entry] if isinstance(entry, str) else entry["contents"]
-    assert sorted(named) == sorted(p.name for p in NOTEBOOKS)
+    assert sorted(name for name, _ in links()) == sorted(p.name for p in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name, words", links(), ids=[name for name, _ in links()])
+def test_the_sidebar_has_a_chapters_number_and_title(name, words):
+    title = re.match(r"# ([^\n]+)", "".join(json.loads((ROOT/"nbs"/name).read_text(encoding="utf-8"))["cells"][0]["source"]))[1]
+    number = re.match(r"(A?\d+[a-z]?)_", name)
+    assert words == (f"{number[1]} {title}" if number else None)
 
 
 def test_the_list_for_programs_names_every_notebook():

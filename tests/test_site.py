@@ -4,6 +4,7 @@ import html.parser
 import json
 import re
 import shutil
+import statistics
 import sys
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
@@ -18,7 +19,8 @@ from conftest import NOTEBOOKS, run, serving
 def processed(checkout):
     "The notebooks as nbdev hands them to Quarto, in a copy of the checkout."
     copy = checkout("site")
-    got = run(sys.executable, "-c", "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=1)", cwd=copy, timeout=400)
+    program = "from nbdev.quarto import refresh_quarto_yml\nfrom nbdev.serve import proc_nbs\nif __name__ == '__main__':\n    refresh_quarto_yml()\n    proc_nbs(n_workers=1)"
+    got = run(sys.executable, "-c", program, cwd=copy, timeout=400)
     assert got.returncode == 0, got.stderr[-1500:]
     return copy/"_proc"
 
@@ -65,7 +67,7 @@ def pages(site):
 
 
 def test_no_warnings_but_the_known_ones(rendered):
-    known = ("execute.enabled", "html-math-method", "lightbox", "output-file is not read", "metadata-files", "unknown key bibliography")      # Quarto's own, which smalldocs does not have
+    known = ("execute.enabled", "html-math-method", "lightbox", "html.grid", "output-file is not read", "metadata-files", "unknown key bibliography")      # Quarto's own, which smalldocs does not have
     notes = [x for x in rendered if x.startswith("warning") and not any(k in x for k in known)]
     assert not notes, "\n".join(notes)
 
@@ -131,19 +133,47 @@ def test_exported_names_have_their_parameters(pages):
 
 
 browsers = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SCREEN = 900                                                                      # pixels high
+WIDTHS = (1280, 768, 390)                                                         # a laptop, a tablet, a phone
+LOOK = """() => {
+  const main = document.querySelector("main"), box = e => e.getBoundingClientRect();
+  const code = [...main.querySelectorAll("div.sourceCode")].filter(e => !e.closest("details:not([open])"));
+  const first = main.querySelector("img, svg, canvas");
+  return {
+    images: Array.from(document.images).map(i => [i.naturalWidth, box(i).width]),
+    height: box(main).height,
+    bare: [...main.querySelectorAll("img:not([src^=thumb_])")].filter(i => !i.alt || !i.closest("figure")?.querySelector("figcaption")?.innerText).map(i => i.alt),
+    folds: [...main.querySelectorAll("details.code-fold:not([open]) > summary")].map(e => e.innerText),
+    defined: code.filter(e => box(e).height).flatMap(e => [...e.textContent.matchAll(/^(?:class|def) (\\w+)/gm)].map(m => m[1])),
+    code: code.reduce((sum, e) => sum + box(e).height, 0) / box(main).height,
+    figure: first && (box(first).top + scrollY)};
+}"""
+AXE = """async (skip) => (await axe.run(skip ? {exclude: [skip]} : document, {resultTypes: ["violations"],
+    runOnly: ["color-contrast", "image-alt", "link-name", "document-title", "html-has-lang"]}))
+  .violations.flatMap(v => v.nodes.map(n => `${v.id}: ${n.html.slice(0, 120)}: ${n.any.map(a => a.message).join()}`))"""
+AXED = {"index.html": None, "404.html": None, "glossary.html": None, "12b_own_row.html": None,          # page → what is left out there:
+        "07_pcgrad.html": "div.sourceCode"}                                      # thousands of words of code, in the colours of the page before
 
 
-def test_in_a_browser(pages, site):
+@pytest.fixture(scope="module")
+def looks(pages, site):
+    "What a real browser sees on each page: page → its figures, heights, contrasts and complaints."
     program = next(filter(None, map(shutil.which, browsers)), None)
     if not program: pytest.skip("no browser: install Debian's chromium to have this look")
     sync = pytest.importorskip("playwright.sync_api")
+    axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js").read_text(encoding="utf-8")
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
 
+    def found(page, name):
+        page.evaluate(axe)
+        return page.evaluate(AXE, AXED[name])
+
+    seen = {}
     with serving(functools.partial(Quiet, directory=str(site))) as url, sync.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        context = browser.new_context(viewport={"width": WIDTHS[0], "height": SCREEN}, color_scheme="light")
         context.route(lambda u: not u.startswith(url), lambda r: r.abort())       # nothing from elsewhere is needed, and nothing is asked for
         for name in sorted(pages):
             page, errors = context.new_page(), []
@@ -151,11 +181,77 @@ def test_in_a_browser(pages, site):
             page.on("console", lambda m: errors.append(m.text) if m.type == "error" and "ERR_FAILED" not in m.text and "favicon" not in (m.location or {}).get("url", "") else None)
             page.on("response", lambda r: errors.append(f"{r.status} {r.url}") if r.status >= 400 and "favicon" not in r.url else None)
             assert page.goto(url + name, wait_until="load", timeout=60_000).ok
-            sizes = page.evaluate("Array.from(document.images).map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
-            assert len(sizes) == len(pages[name].pictures) and all(natural > 0 and shown > 0 for natural, shown in sizes), f"{name}: a figure is not displayed: {sizes}"
             assert page.locator("h1").first.is_visible() and page.title()
-            wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            assert wide <= 1, f"{name}: the page is {wide} pixels too wide"
-            assert not [e for e in errors if "katex" not in e.lower()], f"{name}: {errors}"      # smalldocs asks a CDN for KaTeX, Quarto does not
+            look = seen[name] = page.evaluate(LOOK)
+            look["links"] = page.evaluate("Array.from(document.querySelectorAll('.notebook-links a')).map(a => a.href)")
+            if name == "index.html":
+                page.route("https://raw.githubusercontent.com/**", lambda r: r.fulfill(body="{}", headers={"Access-Control-Allow-Origin": "*"}))
+                with page.expect_download() as got: page.get_by_text("Download the notebook").click()
+                look["downloaded"] = got.value.suggested_filename
+            if name in AXED:
+                look["light"] = found(page, name)
+                page.emulate_media(color_scheme="dark")
+                page.reload(wait_until="load")
+                look["dark"] = found(page, name)
+                look["cards"] = page.evaluate("Array.from(document.querySelectorAll('main img')).map(i => getComputedStyle(i).backgroundColor)")
+            look["too wide"] = {}
+            for width in WIDTHS:
+                page.set_viewport_size({"width": width, "height": SCREEN})
+                look["too wide"][width] = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            look["errors"] = [e for e in errors if "katex" not in e.lower()]      # smalldocs asks a CDN for KaTeX, Quarto does not
             page.close()
         browser.close()
+    return seen
+
+
+def test_pages_load_without_complaints_and_show_their_figures(looks, pages):
+    for name, look in looks.items():
+        assert not look["errors"], f"{name}: {look['errors']}"
+        assert len(look["images"]) == len(pages[name].pictures), name
+        assert all(natural > 0 and shown > 0 for natural, shown in look["images"]), f"{name}: a figure is not displayed: {look['images']}"
+
+
+def test_every_picture_has_alternative_text_and_a_caption(looks):
+    "But the front page's thumbnails: their captions are the links under them."
+    assert not {name: look["bare"] for name, look in looks.items() if look["bare"]}
+
+
+def test_no_page_scrolls_sideways(looks):
+    wide = [f"{name} at {width}: {by} pixels" for name, look in looks.items() for width, by in look["too wide"].items() if by > 1]
+    assert not wide, "\n".join(wide)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_contrast_and_alternative_text(looks, mode):
+    "What axe-core finds against WCAG AA."
+    found = [f"{name}: {x}" for name in AXED for x in looks[name][mode]]
+    assert not found, f"{len(found)} found\n" + "\n".join(found[:20])
+
+
+def test_figures_stand_on_white_in_dark_mode(looks):
+    assert {card for name in AXED for card in looks[name]["cards"]} == {"rgb(255, 255, 255)"}
+
+
+def test_each_notebooks_page_offers_it_in_colab_and_for_download(looks):
+    for nb in NOTEBOOKS:
+        place = f"minbert/minbert/blob/main/nbs/{nb.name}"
+        assert looks[f"{nb.stem}.html"]["links"] == [f"https://colab.research.google.com/github/{place}",
+                                                     f"https://raw.githubusercontent.com/{place.replace('blob/', '')}"], nb.name
+    assert looks["index.html"]["downloaded"] == "index.ipynb"
+
+
+def test_imports_and_long_sources_are_folded(looks):
+    "What a card documents is seen once: a short source stands for the card's first lines, a long one is closed."
+    look = looks["02_bert.html"]
+    assert {"Imports", "Source of BertModel"} <= set(look["folds"]) and "Source of Pooler" not in look["folds"]
+    assert look["defined"].count("BertModel") == look["defined"].count("Pooler") == 1, look["defined"]
+
+
+def test_a_chapter_shows_more_than_code_and_soon_a_figure(looks):
+    "Folded cells closed, as a reader meets the page."
+    chapters = {name: look for name, look in looks.items() if re.match(r"\d\d[a-z]?_", name)}
+    assert all(look["figure"] for look in chapters.values()), [name for name, look in chapters.items() if not look["figure"]]
+    table = "\n".join(f"{name:24} {look['height']:7.0f} px  code {look['code']:4.0%}  first figure after {look['figure']/SCREEN:.1f} screens" for name, look in chapters.items())
+    print("\n" + table)
+    assert statistics.median(look["code"] for look in chapters.values()) < .45, table
+    assert all(look["figure"] < 2*SCREEN for look in chapters.values()), table
