@@ -177,5 +177,5 @@ def test_the_start_page_leads_to_the_chapters(lab, copy):
     assert {p.name for p in (copy / "nbs").glob("[0-9]*.ipynb")} <= named
     assert not [n for n in named if not (copy / "nbs" / n).exists()]
     links.filter(has_text="01 Attention").first.click()
-    page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)").get_by_text(
-        "How does a word look").first.wait_for()
+    title = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) h1").first
+    title.filter(has_text="Attention").wait_for()
