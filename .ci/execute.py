@@ -82,6 +82,7 @@ def execute(path):
         NotebookClient(nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(nbs)}}).execute()
         read = json.loads(seen.read_text())
     nb.cells = nb.cells[1:-1]
+    nb.metadata.pop("widgets", None)      # the state of the bars that are dropped below
     for c in skip: c.cell_type = "code"
     for c in nb.cells:
         if "outputs" in c: c["outputs"] = [o for o in c["outputs"] if not is_bar(o)]

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'palette', 'UserError', 'write_atomic', 'read_json', 'pick_device', 'has_bf16', 'autocast', 'evaluating',
-           'random_state', 'replayed', 'Plug', 'colors_for', 'figure_style']
+           'random_state', 'replayed', 'Plug', 'colors_for', 'figure_style', 'Moving']
 
-# %% ../nbs/A1_core.ipynb #fa3e8a17
+# %% ../nbs/A1_core.ipynb #a3a0ce04
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from html import escape
 from pathlib import Path
 
 import torch
@@ -217,3 +218,75 @@ def figure_style():
         **sizes, "figure.figsize": (7.5, 3.4), "figure.dpi": 90, "savefig.bbox": "tight",
         "axes.titleweight": "bold", "axes.titlelocation": "left", "image.cmap": "viridis",
         "figure.constrained_layout.use": True})
+
+# %% ../nbs/A1_core.ipynb #911a754d
+class Moving:
+    "A drawing with sliders and menus; it needs no library and no network."
+    def __init__(self,
+        name:str, # CSS class of its box
+        about:str, # HTML: what to look for
+        controls:dict[str, list], # label → what to choose from: numbers make a slider, words a menu
+        data, # what JSON can hold; the script reads it as data
+        script:str, # returns a function: ([chosen positions], width) → [height, SVG, words]
+        start:dict[str, int]|None=None, # label → position at first, where it is not 0
+    ):
+        self.name, self.about, self.controls = name, about, controls
+        self.data, self.script, self.start = data, script, start or {}
+
+    def __repr__(self):
+        return f"(a drawing that moves: {self.name})"
+
+    def _repr_html_(self):
+        controls = "\n".join(self._control(label) for label in self.controls)
+        values = list(self.controls.values())
+        return f"""<div class="moving {self.name}" style="max-width:680px; margin:1em 0" hidden>
+<p>{self.about}</p>
+{controls}
+<svg role="img" aria-label="{self.name.replace('-', ' ')}" font-family="sans-serif" font-size="13"
+ fill="currentColor" style="display:block; width:100%; height:auto; margin-top:.5em"></svg>
+<p aria-live="polite" style="min-height:3em"></p>
+<script>
+(box => {{
+const data = {_inline(self.data)}, values = {_inline(values)}, colors = {_inline(palette)};
+const draw = (() => {{{self.script}}})();
+{_moving}}})(document.currentScript.parentElement);
+</script>
+</div>"""
+
+    def _control(self, label):
+        "A slider or a menu in its label."
+        values, at = self.controls[label], self.start.get(label, 0)
+        style = 'style="display:flex; flex-wrap:wrap; gap:.6em; align-items:center"'
+        if isinstance(values[0], str):
+            options = [f"<option{' selected' * (k == at)}>{escape(v)}</option>"
+                       for k, v in enumerate(values)]
+            control = f'<select style="max-width:100%">{"".join(options)}</select>'
+        else:
+            control = (f'<input type="range" min="0" max="{len(values) - 1}" value="{at}" '
+                       'style="width:12em"> <output></output>')
+        return f"<label {style}>{escape(label)} {control}</label>"
+
+_moving = """
+const [svg, words] = [box.querySelector("svg"), box.querySelector("[aria-live]")];
+const inputs = [...box.querySelectorAll("input, select")];
+const show = () => {
+  const at = inputs.map(x => x.type === "range" ? +x.value : x.selectedIndex);
+  inputs.forEach((x, i) => {
+    if (x.type !== "range") return;
+    x.nextElementSibling.textContent = values[i][at[i]];
+    x.setAttribute("aria-valuetext", values[i][at[i]]);
+  });
+  const width = box.clientWidth || 340, [height, drawing, said] = draw(at, width);
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.innerHTML = drawing;
+  words.textContent = said;
+};
+box.addEventListener("input", show);
+new ResizeObserver(() => requestAnimationFrame(show)).observe(box);
+box.hidden = false;
+show();
+"""
+
+def _inline(value):
+    "JSON that may stand inside a script."
+    return json.dumps(value, separators=(",", ":")).replace("</", "<\\/")
