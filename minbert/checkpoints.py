@@ -188,7 +188,7 @@ def _build_tokenizer(tokens, lowercase=True, strip_accents=None, chinese=True):
     tok.add_special_tokens([s for s in specials if s in vocab])
     return tok
 
-# %% ../nbs/A3_checkpoints.ipynb #9587c8f1
+# %% ../nbs/A3_checkpoints.ipynb #b3269f6e
 def load_tokenizer(
     vocab, # path of a vocab.txt, or its tokens in order
     lowercase:bool=True, # the model is an uncased one
@@ -206,10 +206,15 @@ def load_tokenizer(
         return Tokenizer.from_str(vocab.description)
     return _build_tokenizer(vocab, lowercase)
 
+_longest = 2**26 # bytes
+
 def _read_tokens(path):
     "The tokens in a vocab.txt; multilingual ones hold what splitlines takes for line ends."
     try:
-        text = path.read_bytes().decode("utf-8")
+        with open(path, "rb") as f:
+            text = f.read(_longest + 1).decode("utf-8")
+        if len(text) > _longest:
+            raise ValueError("it is larger than any vocabulary")
         return tuple(line.rstrip() for line in text.rstrip("\r\n").split("\n"))
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
@@ -319,7 +324,7 @@ def _from_words(folder, settings):
     _add_tokens(tok, added, extra, folder)
     return _describe(tok), lowercase
 
-# %% ../nbs/A3_checkpoints.ipynb #28014ab2
+# %% ../nbs/A3_checkpoints.ipynb #b76581e9
 _plain_model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                 "max_input_chars_per_word": 100}
 
@@ -347,6 +352,22 @@ def _check_added(path, parsed, added):
             raise UserError(f"{path} and the files beside it differ about the token "
                             f"{_content(token)!r}")
 
+def _check_tame(path, parsed):
+    "Refuse what could make a short text endless: patterns to search for, and texts that grow."
+    def parts(x):
+        if isinstance(x, dict):
+            yield x
+        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+            yield from parts(y)
+    for part in parts([parsed["normalizer"], parsed["pre_tokenizer"]]):
+        found = part.get("pattern") or {}
+        grows = len(str(part.get("content", ""))) > len(str(found.get("String", "")))
+        if "Regex" in found or part.get("type") == "Replace" and grows:
+            raise UserError(f"{path}: a {part.get('type')} with a pattern that could run away "
+                            "is not built in")
+    if (parsed["model"].get("max_input_chars_per_word") or 0) > 10_000:
+        raise UserError(f"{path}: words of more than 10,000 characters are not built in")
+
 def _from_json(folder, settings):
     "Vocabulary and lower-casing by tokenizer.json and the settings."
     path, flags = folder / "tokenizer.json", _get_flags(settings)
@@ -358,6 +379,7 @@ def _from_json(folder, settings):
         raise UserError(f"{path} describes another tokenizer than tokenizer_config.json "
                         f"({flags}); make them agree")
     _check_added(path, parsed, _read_added(folder, settings))
+    _check_tame(path, parsed)
     tok = Tokenizer.from_str(json.dumps(parsed))    # refuses fields that it does not know
     extra, ids = _list_extra(settings), parsed["model"]["vocab"]
     tokens = tuple(sorted(ids, key=ids.get)) if isinstance(ids, dict) else ()
@@ -398,7 +420,7 @@ def read_vocab(
         why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason'}"
         raise UserError(f"{folder}: the vocabulary cannot be read ({why})") from None
 
-# %% ../nbs/A3_checkpoints.ipynb #2d6a0ca7
+# %% ../nbs/A3_checkpoints.ipynb #ac9b1bd6
 sums_file = "SHA256SUMS"
 
 def check_sums(
@@ -409,7 +431,8 @@ def check_sums(
     if not path.exists():
         return
     try:
-        lines = path.read_bytes()[:2**16].decode().splitlines()
+        with open(path, "rb") as f:
+            lines = f.read(2**16).decode().splitlines()
     except (OSError, ValueError):
         lines = [""]
     wanted = {}

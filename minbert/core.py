@@ -6,13 +6,13 @@
 __all__ = ['log', 'palette', 'UserError', 'write_atomic', 'read_json', 'check_folder', 'pick_device', 'has_bf16', 'autocast',
            'evaluating', 'random_state', 'replayed', 'Plug', 'colors_for', 'figure_style']
 
-# %% ../nbs/A1_core.ipynb #fa3e8a17
+# %% ../nbs/A1_core.ipynb #44a3de54
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ log = logging.getLogger("minbert")
 class UserError(Exception):
     "A mistake that the user can mend."
 
-# %% ../nbs/A1_core.ipynb #aa618f24
+# %% ../nbs/A1_core.ipynb #9f446bda
 def write_atomic(
     path:str|Path, # where the file will be
     data:str|bytes, # its whole content; text is written as UTF-8
@@ -46,8 +46,9 @@ def write_atomic(
         os.chmod(part, place.stat().st_mode & 0o777 if place.exists() else 0o666 & ~_umask())
         os.replace(part, place)
     except OSError as e:
-        if part:
-            Path(part).unlink(missing_ok=True)
+        with suppress(OSError):
+            if part:
+                os.unlink(part)
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     return path
 

@@ -429,7 +429,7 @@ def clean(self:RunDir):
         for p in [*self.path.glob(kind)]:
             shutil.rmtree(p) if p.is_dir() else p.unlink()
 
-# %% ../nbs/A6_runs.ipynb #e582cafa
+# %% ../nbs/A6_runs.ipynb #edab4863
 def train(
     out:str|Path, # the run directory
     model:nn.Module, # freshly initialised, on its device; anything that fit can train
@@ -446,7 +446,8 @@ def train(
     session = _Session(run, model, data, config, plugs) # writes nothing yet
     asked = {**data.info, "train": asdict(config), "plugs": [_settings(p) for p in plugs]}
     run.start({**asked, **environment(_device(model))}, resume)
-    if run.finished:
+    if run.finished: # a kill may have come between the result and this
+        shutil.rmtree(run.path / "state", ignore_errors=True)
         return run.result()
     with run.lock():
         if run.finished: # by another process, just before we had the lock

