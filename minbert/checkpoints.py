@@ -551,7 +551,7 @@ def find_checkpoint(
         raise UserError(f"{name}: no such directory")
     return hub_dir(name)
 
-# %% ../nbs/A3_checkpoints.ipynb #8c0ceffd
+# %% ../nbs/A3_checkpoints.ipynb #2261e4fa
 def read_checkpoint(
     name_or_dir:str|Path, # a directory, "minilm", or a name on the Hub
 ) -> Checkpoint: # checked as far as that can be done without a model
@@ -559,6 +559,8 @@ def read_checkpoint(
     folder = find_checkpoint(name_or_dir)
     if name_or_dir != "minilm":                 # whose weights have a hash of their own
         check_folder(folder)
+        for path in folder.glob("*.safetensors"):
+            _check_size(path)
         check_sums(folder)
     config = _read_config(folder)
     weights = check_tensors(folder, rename_weights(read_weights(folder)))
@@ -569,7 +571,7 @@ def read_checkpoint(
                         f"but config.json says vocab_size {rows}")
     return Checkpoint(folder, config, weights, vocab, lowercase)
 
-# %% ../nbs/A3_checkpoints.ipynb #42043b4a
+# %% ../nbs/A3_checkpoints.ipynb #b1f7fe0f
 checkpoint_files = frozenset({"config.json", "model.safetensors", "vocab.txt", "tokenizer.json",
                               "tokenizer_config.json", sums_file})
 
@@ -592,17 +594,10 @@ def whole_directory(
             new = Path(part) / "new"
             new.mkdir()
             yield new
-            _write_sums(new)
             _swap(new, place, Path(part) / "old")
     except (OSError, SafetensorError) as e:
         why = getattr(e, "strerror", None) or e
         raise UserError(f"{folder} cannot be written: {why}") from None
-
-def _write_sums(folder):
-    "List the SHA-256 of every file, as the program sha256sum does."
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != sums_file)
-    lines = [f"{_sha256(p)}  {p.name}\n" for p in files]
-    (folder / sums_file).write_text("".join(lines), encoding="utf-8")
 
 def _swap(new, place, old):
     "Put a directory into its place; what was there is put aside, and back if that fails."

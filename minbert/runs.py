@@ -6,7 +6,7 @@
 __all__ = ['Data', 'TrainConfig', 'environment', 'peak_rss_mb', 'save_state', 'load_state', 'RunDir', 'train', 'results_dir',
            'run_name', 'read_result', 'keep', 'stored_answers', 'kept', 'sweep']
 
-# %% ../nbs/A6_runs.ipynb #de71668b
+# %% ../nbs/A6_runs.ipynb #47270e19
 import csv
 import gzip
 import hashlib
@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .checkpoints import check_sums
+from .checkpoints import check_sums, sums_file
 from .core import UserError, check_folder, has_bf16, read_json, write_atomic
 from .core import log as logger
 from .fast import install, make_optimizer
@@ -110,7 +110,7 @@ class TrainConfig:
         batches = self.steps // per
         return {per * round(batches * (k + 1) / self.evals) for k in range(self.evals)} - {0}
 
-# %% ../nbs/A6_runs.ipynb #27a48bbd
+# %% ../nbs/A6_runs.ipynb #7d8b54af
 def environment(
     device:torch.device=torch.device("cpu"), # where the model lives
 ) -> dict: # JSON values
@@ -144,7 +144,8 @@ def _commit():
     if not (root / ".git").exists(): # a package below someone else's checkout is not ours
         return ""
     def git(*args):
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        call = ["git", "--no-optional-locks", "-C", str(root), *args] # others may be committing
+        return subprocess.run(call, capture_output=True, text=True)
     try:
         head = git("rev-parse", "--short=10", "HEAD")
         changed = git("status", "--porcelain", "-uno").stdout.strip()
@@ -378,7 +379,7 @@ def _same_folder(key, was, value):
         return False
     return os.path.isdir(value) and os.path.realpath(was) == os.path.realpath(value)
 
-# %% ../nbs/A6_runs.ipynb #b5d6eb6a
+# %% ../nbs/A6_runs.ipynb #970f19c9
 @patch
 def log(self:RunDir,
     **what, # JSON values
@@ -425,7 +426,7 @@ def clean(self:RunDir):
     for old in self.path.glob(".model-*/old"): # the model, in the very moment of being replaced
         if not (self.path / "model").exists():
             old.rename(self.path / "model")
-    for kind in (".model*", ".*.json.*", ".*.jsonl.*", ".*.csv.*"):
+    for kind in (".model*", ".*.json.*", ".*.jsonl.*", ".*.csv.*", "model/.*"):
         for p in [*self.path.glob(kind)]:
             shutil.rmtree(p) if p.is_dir() else p.unlink()
 
@@ -464,7 +465,7 @@ def _device(model):
     "Where a model lives."
     return next(model.parameters()).device
 
-# %% ../nbs/A6_runs.ipynb #97e8eac1
+# %% ../nbs/A6_runs.ipynb #2eceefc7
 class _Session:
     "One process's part of a run."
     def __init__(self, run, model, data, config, plugs):
@@ -561,8 +562,19 @@ class _Session:
         self.run.log(step=step, seconds=round((_clocks() - self.began)[0], 1), **line)
         if step and self.data.keeps_best and (best is None or score > best):
             self.memo["best"] = score
-            self.data.save(self.model, self.run.path / "model")
+            self._keep()
         self.memo["looking"] += time.monotonic() - begun
+
+    def _keep(self):
+        "Write the model, and the SHA-256 of its files, as the program sha256sum does."
+        folder, lines = self.run.path / "model", []
+        (folder / sums_file).unlink(missing_ok=True)
+        self.data.save(self.model, folder)
+        for path in sorted(folder.glob("*")):
+            if path.is_file() and path.name != sums_file:
+                with open(path, "rb") as f:
+                    lines.append(f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {path.name}\n")
+        write_atomic(folder / sums_file, "".join(lines))
 
     def save(self, step, now=False):
         "Save a state, if a batch is done and it is time."
@@ -577,7 +589,7 @@ class _Session:
         wall, cpu = _clocks() - self.began
         self.optimizer = self.live = None # their memory is free for scoring
         if self.memo["best"] is None: # nothing was looked at, or the last one counts
-            self.data.save(self.model, self.run.path / "model")
+            self._keep()
         self.run.show = partial(tqdm, desc="evaluating", unit="batch", leave=False,
                                 disable=_hidden(progress))
         scores = _rounded(self.data.finish(self.model, self.run))

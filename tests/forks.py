@@ -68,7 +68,7 @@ def on_a_full_disk(ask):
     print(f"first: {first}", flush=True)
     if mount(None, place, None, again, b"size=100m"): return 77
     second = main(ask["argv"])
-    shutil.copytree(place, ask["copy"])
+    shutil.copytree(ask["place"], ask["copy"])
     return second
 
 
