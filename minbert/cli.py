@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['commands', 'command', 'command_data', 'command_recipes', 'command_run', 'command_train', 'command_pretrain',
-           'command_sweep', 'command_table', 'command_claim', 'command_bench', 'command_evaluate', 'command_predict',
-           'command_check', 'command_demo', 'usage', 'main']
+           'command_sweep', 'command_table', 'command_claim', 'command_compare', 'command_bench', 'command_evaluate',
+           'command_predict', 'command_check', 'command_demo', 'usage', 'main']
 
-# %% ../nbs/A9_cli.ipynb #05c1e5d3
+# %% ../nbs/A9_cli.ipynb #4957efc9
 import json
 import logging
 import os
+import shlex
+import signal
 import sys
+import threading
 from argparse import SUPPRESS
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 
@@ -507,6 +511,62 @@ def _claim_lines(got):
     if got["independent"]:
         yield "note: errors on the same examples are taken as independent for some of these runs"
 
+# %% ../nbs/A9_cli.ipynb #bda9f96f
+@command
+def command_compare(
+    run:str, # run directory of a row, or its result.json
+    json:bool=False, # print one JSON object
+    results:str="", # collection of finished runs; default: the stored ones
+):
+    "Hold a finished run beside the stored runs of its row: same, within seed noise, or off."
+    from json import dumps
+
+    from minbert.core import UserError
+    if results and not Path(results).is_dir():
+        raise UserError(f"{results}: no such directory; finished runs are collected there by "
+                        "'minbert sweep'")
+    got = _beside(run, results)
+    print(dumps(got, ensure_ascii=False) if json else "\n".join(_beside_lines(got)))
+
+def _beside(run, results):
+    "All that the stored runs say about another run of their row, as JSON values."
+    from minbert.core import UserError
+    from minbert.results import collect
+    from minbert.runs import read_result
+    mine = read_result(run)
+    row, preset = mine["row"], mine["preset"]
+    stored = collect(results or None, preset)
+    table = stored.beside(mine)
+    if table.empty:
+        raise UserError(f"{row} has no stored {preset} run; 'minbert sweep {row} --preset {preset}'"
+                        " makes one")
+    verdicts = set(table.verdict)
+    worst = next((v for v in ("off", "within seed noise", "same") if v in verdicts), "open")
+    seeds = sorted(r["seed"] for r in stored.runs if r["row"] == row)
+    return {"run": str(run), "row": row, "preset": preset, "seed": mine["seed"],
+            "stored_seeds": seeds, "verdict": worst, "scores": _records(table),
+            "differs": stored.differs(mine)}
+
+def _beside_lines(got):
+    "The same in words."
+    from minbert.results import score_names
+    seeds = ", ".join(map(str, got["stored_seeds"]))
+    yield (f"{got['row']}, preset {got['preset']}, seed {got['seed']}: "
+           f"beside the stored runs with seed {seeds}")
+    yield f"{'score':14} {'yours':>7} {'stored mean':>12}   95 % of new runs    verdict"
+    for score, x in got["scores"].items():
+        low, high = ("?" if x[k] is None else f"{x[k]:.4f}" for k in ("low", "high"))
+        span = f"{low} to {high}"
+        yield (f"{score_names[score]:14} {x['yours']:7.4f} {x['mean']:12.4f}   {span:<19} "
+               f"{x['verdict']}")
+    for kind, found in got["differs"].items():
+        said = [f"{name} {yours} (stored: {', '.join(theirs)})"
+                for name, (yours, theirs) in found.items()]
+        yield f"differs {kind}: {'; '.join(said) or 'nothing that is recorded'}"
+    if got["verdict"] == "off":
+        yield ("note: a right run falls outside in one score of twenty; what differs in what was "
+               "asked comes first as a reason")
+
 # %% ../nbs/A9_cli.ipynb #93d8b444
 @command
 def command_bench(
@@ -534,7 +594,7 @@ def command_bench(
         write_atomic(json, dumps(got) + "\n")
     print(*bench_summary(got), sep="\n")
 
-# %% ../nbs/A9_cli.ipynb #ff625804
+# %% ../nbs/A9_cli.ipynb #20f183b3
 def _scored(model, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
     from minbert.core import UserError
@@ -586,9 +646,11 @@ def _macro(scores, task):
 
 def _open(run, device):
     "The model of a run, on a device, with the fast kernels."
-    from minbert.core import pick_device
+    from minbert.core import check_folder, pick_device
     from minbert.fast import install
     from minbert.heads import MultitaskBert
+    if Path(run).is_dir():
+        check_folder(run)
     return install(MultitaskBert.from_pretrained(run)).to(pick_device(device))
 
 def _config(model, task):
@@ -878,7 +940,7 @@ def _parser(name):
                 action.help = action.help.replace(empty, "")
     return parser
 
-# %% ../nbs/A9_cli.ipynb #fd84d895
+# %% ../nbs/A9_cli.ipynb #0c2f921e
 def main(
     argv:list[str]|None=None, # arguments; default: the program's own
 ) -> int: # exit code: 0, 1 for the user's mistake, 2 for a wrong call, 130 if stopped
@@ -894,13 +956,34 @@ def main(
         _say("minbert: the current directory is gone: change to one that is there")
         return 1
     try:
-        return _dispatch(argv)
+        with _terminable():
+            return _dispatch(argv)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # so that the last flush finds a reader
         return 0
     except KeyboardInterrupt:
-        _say("\nminbert: stopped; a run goes on with the same command and --resume")
+        _say("\nminbert: stopped" + _how_to_go_on(argv))
         return 130
+
+@contextmanager
+def _terminable():
+    "Inside, SIGTERM stops as Ctrl-C does, unless somebody else listens to it."
+    here = threading.current_thread() is threading.main_thread()
+    mine = here and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def _how_to_go_on(argv):
+    "The command that goes on with what was stopped, where there is one."
+    if argv[0] not in ("run", "train", "pretrain", "sweep"):
+        return ""
+    more = [] if argv[0] == "sweep" or "--resume" in argv else ["--resume"]
+    return f"; go on with: minbert {shlex.join([*argv, *more])}"
 
 def _dispatch(argv):
     "Find the command, read its arguments, call it."

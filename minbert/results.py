@@ -7,12 +7,13 @@ __all__ = ['score_names', 'margins', 'three_models', 'effects', 'clearly', 'by_a
            'report_scores', 'spread', 'Collection', 'collect', 'Claim', 'changed', 'weigh_evidence', 'evidence',
            'claim_verdict', 'headline', 'verdict_words', 'plot_forest', 'report_table']
 
-# %% ../nbs/A6b_results.ipynb #bd2c5d7d
+# %% ../nbs/A6b_results.ipynb #1e5edca5
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .core import UserError, palette, read_json
 from .data import Corpus, Rows, main_tasks, tasks
@@ -263,6 +264,68 @@ def collect(
     for name, shares in _shares.items():
         covariance[name] = sum(share**2 * covariance[t] for t, share in shares.items())
     return Collection(runs, covariance, unknown)
+
+# %% ../nbs/A6b_results.ipynb #1769c764
+@patch
+def beside(self:Collection,
+    run:dict, # a finished run's result, with row, seed and dev
+) -> pd.DataFrame: # one line per score: yours, mean, sd, low, high, verdict
+    "Hold one more run beside the stored runs of its row."
+    lines = {}
+    for score in (s for s in score_names if s in _comparable(run)["dev"]):
+        mine = self.having(run["row"], score)
+        if mine:
+            lines[score] = self._beside(run, score, mine)
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+@patch
+def _beside(self:Collection, run, score, mine):
+    "One score's line."
+    stored, yours = [self.runs[i]["dev"][score] for i in mine], run["dev"][score]
+    noise, mean = self.noise(score, [run["row"]]), float(np.mean(stored))
+    low, high = noise.new_run(mean, len(mine)) if noise else (np.nan, np.nan)
+    twins = [x for i, x in zip(mine, stored) if self.runs[i]["seed"] == run["seed"]]
+    if any(abs(yours - x) < 1e-6 for x in twins):           # six digits are stored
+        verdict = "same"
+    elif noise is None:
+        verdict = "open: no row has two seeds"
+    else:
+        verdict = "within seed noise" if low <= yours <= high else "off"
+    sd = float(np.std(stored, ddof=1)) if mine[1:] else np.nan
+    return {"yours": yours, "mean": mean, "sd": sd, "low": low, "high": high, "verdict": verdict}
+
+# %% ../nbs/A6b_results.ipynb #b7a9163b
+_asked = ("data_fingerprint", "init", "steps", "batch_sizes", "samples", "eval_rows", "eval_sample")
+_where = ("device", "processor", "precision", "threads", "versions", "commit")
+
+@patch
+def differs(self:Collection,
+    run:dict, # a finished run's result
+) -> dict: # "in what was asked" and "in where it ran" → {name: (yours, the stored ones)}
+    "In what a run differs from every stored run of its row."
+    stored = [r for r in self.runs if r["row"] == run["row"]]
+    found = {"in what was asked": {}, "in where it ran": {}}
+    if not stored:
+        return found
+    for kind, names in zip(found, (_asked, _where)):
+        for name in names:
+            for part, yours, theirs in _parts(name, run, stored):
+                if yours not in theirs:
+                    found[kind][part] = (yours, list(dict.fromkeys(map(str, theirs))))
+    mine = run.get("recipe", {})
+    for name in mine.keys() & set.intersection(*(set(r.get("recipe", {})) for r in stored)):
+        theirs = [r["recipe"][name] for r in stored]
+        if name != "note" and mine[name] not in theirs:
+            found["in what was asked"][name] = (mine[name], list(dict.fromkeys(map(str, theirs))))
+    return found
+
+def _parts(name, run, stored):
+    "An entry, or each part of one that has several, with what the stored runs say there."
+    values = [r.get(name, "not recorded") for r in (run, *stored)]
+    if not all(isinstance(v, dict) for v in values):
+        return [(name, values[0], values[1:])]
+    every = [[v.get(part, "not recorded") for v in values] for part in values[0]]
+    return [(part, yours, theirs) for part, (yours, *theirs) in zip(values[0], every)]
 
 # %% ../nbs/A6b_results.ipynb #73f98ebe
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Data', 'TrainConfig', 'environment', 'peak_rss_mb', 'save_state', 'load_state', 'RunDir', 'train', 'results_dir',
-           'run_name', 'keep', 'stored_answers', 'kept', 'sweep']
+           'run_name', 'read_result', 'keep', 'stored_answers', 'kept', 'sweep']
 
-# %% ../nbs/A6_runs.ipynb #058d16a8
+# %% ../nbs/A6_runs.ipynb #47270e19
 import csv
 import gzip
 import hashlib
@@ -17,10 +17,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -38,7 +41,8 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import UserError, has_bf16, read_json, write_atomic
+from .checkpoints import check_sums, sums_file
+from .core import UserError, check_folder, has_bf16, read_json, write_atomic
 from .core import log as logger
 from .fast import install, make_optimizer
 from .files import checkouts, read_table
@@ -106,7 +110,7 @@ class TrainConfig:
         batches = self.steps // per
         return {per * round(batches * (k + 1) / self.evals) for k in range(self.evals)} - {0}
 
-# %% ../nbs/A6_runs.ipynb #27a48bbd
+# %% ../nbs/A6_runs.ipynb #7d8b54af
 def environment(
     device:torch.device=torch.device("cpu"), # where the model lives
 ) -> dict: # JSON values
@@ -140,7 +144,8 @@ def _commit():
     if not (root / ".git").exists(): # a package below someone else's checkout is not ours
         return ""
     def git(*args):
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        call = ["git", "--no-optional-locks", "-C", str(root), *args] # others may be committing
+        return subprocess.run(call, capture_output=True, text=True)
     try:
         head = git("rev-parse", "--short=10", "HEAD")
         changed = git("status", "--porcelain", "-uno").stdout.strip()
@@ -162,7 +167,7 @@ def peak_rss_mb() -> int:
     unit = 1024 if platform.system() == "Linux" else 1024**2
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
-# %% ../nbs/A6_runs.ipynb #bca177a2
+# %% ../nbs/A6_runs.ipynb #1ee89ef2
 def save_state(
     path:Path, # DIR/state/last.safetensors
     parts:dict, # name → model, optimiser or plug: what has a state
@@ -174,11 +179,14 @@ def save_state(
     for name, part in parts.items():
         for k, v in _state_of(part).items():
             tensors[f"{name}.{k}"] = v.detach().cpu().contiguous()
-    meta = {"step": str(step), "memo": json.dumps(memo), "crc32": _checksum(tensors)}
+    meta = {"step": str(step), "memo": json.dumps(memo), "sha256": "0" * 64}
     part = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, metadata=meta)
+        _seal(part)
+        if path.exists():
+            os.replace(path, _before(path))
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from e
@@ -189,26 +197,46 @@ def _state_of(part):
     "The state of a model, an optimiser or a plug, as named tensors."
     return state_tensors(part) if isinstance(part, torch.optim.Optimizer) else part.state_dict()
 
-def _checksum(tensors):
-    "CRC-32 of all names and bytes."
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
+def _before(path):
+    "Where the state before the last one lies."
+    return path.with_name("before.safetensors")
 
-# %% ../nbs/A6_runs.ipynb #47c47ae4
+_seal_of = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+
+def _hash_state(path):
+    "Where a state's seal stands, what it says, and what it should say."
+    with open(path, "rb") as f:
+        head = f.read(8)
+        head += f.read(min(int.from_bytes(head, "little"), 2**27))
+        seals = [*_seal_of.finditer(head)]
+        if len(seals) != 1:
+            raise ValueError("it has no seal")
+        start, end = seals[0].span(1)
+        digest = hashlib.sha256(head[:start] + b"0" * 64 + head[end:])
+        while block := f.read(2**20):
+            digest.update(block)
+    return start, seals[0][1].decode(), digest.hexdigest()
+
+def _seal(path):
+    "Write a file's hash into its header."
+    start, _, digest = _hash_state(path)
+    with open(path, "r+b") as f:
+        f.seek(start)
+        f.write(digest.encode())
+
+# %% ../nbs/A6_runs.ipynb #a0ea9d46
 def load_state(
     path:Path, # DIR/state/last.safetensors
     parts:dict, # as they were given to save_state; each is put back
 ) -> tuple[int, dict]: # steps done, and what was remembered
     "Put a saved state back, on whatever device its parts are."
     try:
+        _, seal, digest = _hash_state(path)
+        if seal != digest:
+            raise ValueError("its SHA-256 is another")
         with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
+            meta = f.metadata()
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-        if meta["crc32"] != _checksum(tensors):
-            raise KeyError("its checksum is another")
         for name, part in parts.items():
             mine = {k: tensors.pop(k) for k in [*tensors] if k.startswith(f"{name}.")}
             _put_back(part, {k.removeprefix(f"{name}."): v for k, v in mine.items()})
@@ -218,8 +246,7 @@ def load_state(
     except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError,
             UserError) as e:
         why = str(e).strip("'\"").splitlines()[0][:100]
-        raise UserError(f"{path}: this state is damaged or belongs to another model ({why}); "
-                        "delete it to start the run anew") from e
+        raise UserError(f"{path}: this state is damaged or belongs to another model ({why})") from e
 
 def _put_back(part, state):
     "Give a model, an optimiser or a plug its state."
@@ -228,7 +255,7 @@ def _put_back(part, state):
     else:
         part.load_state_dict(state)
 
-# %% ../nbs/A6_runs.ipynb #4fee85b3
+# %% ../nbs/A6_runs.ipynb #85a22544
 class RunDir:
     "A run's files."
     def __init__(self,
@@ -300,8 +327,9 @@ class RunDir:
         "Whether there is a result that can be read."
         return self.result() is not None
 
-_result_types = {"dev": dict, "held": dict, "train": dict, "examples": dict, "truncated": dict,
-                 "curve": list, "wall_s": (int, float), "cpu_s": (int, float),
+_result_types = {"recipe": dict, "versions": dict, "dev": dict, "held": dict, "train": dict,
+                 "examples": dict, "truncated": dict, "curve": list,
+                 "wall_s": (int, float), "cpu_s": (int, float),
                  "peak_rss_mb": (int, float)}
 
 def _check_result(path):
@@ -351,7 +379,7 @@ def _same_folder(key, was, value):
         return False
     return os.path.isdir(value) and os.path.realpath(was) == os.path.realpath(value)
 
-# %% ../nbs/A6_runs.ipynb #b9400ad9
+# %% ../nbs/A6_runs.ipynb #970f19c9
 @patch
 def log(self:RunDir,
     **what, # JSON values
@@ -395,11 +423,14 @@ def rewind(self:RunDir,
 @patch
 def clean(self:RunDir):
     "Remove what a kill left half-written."
-    for kind in (".model*", ".*.json.*", ".*.jsonl.*", ".*.csv.*"):
+    for old in self.path.glob(".model-*/old"): # the model, in the very moment of being replaced
+        if not (self.path / "model").exists():
+            old.rename(self.path / "model")
+    for kind in (".model*", ".*.json.*", ".*.jsonl.*", ".*.csv.*", "model/.*"):
         for p in [*self.path.glob(kind)]:
             shutil.rmtree(p) if p.is_dir() else p.unlink()
 
-# %% ../nbs/A6_runs.ipynb #4f779fa1
+# %% ../nbs/A6_runs.ipynb #edab4863
 def train(
     out:str|Path, # the run directory
     model:nn.Module, # freshly initialised, on its device; anything that fit can train
@@ -416,9 +447,12 @@ def train(
     session = _Session(run, model, data, config, plugs) # writes nothing yet
     asked = {**data.info, "train": asdict(config), "plugs": [_settings(p) for p in plugs]}
     run.start({**asked, **environment(_device(model))}, resume)
-    if run.finished:
+    if run.finished: # a kill may have come between the result and this
+        shutil.rmtree(run.path / "state", ignore_errors=True)
         return run.result()
     with run.lock():
+        if run.finished: # by another process, just before we had the lock
+            return run.result()
         run.clean()
         session.follow(progress)
         return session.finish(progress)
@@ -431,7 +465,7 @@ def _device(model):
     "Where a model lives."
     return next(model.parameters()).device
 
-# %% ../nbs/A6_runs.ipynb #160a0bf0
+# %% ../nbs/A6_runs.ipynb #2eceefc7
 class _Session:
     "One process's part of a run."
     def __init__(self, run, model, data, config, plugs):
@@ -448,12 +482,33 @@ class _Session:
         return {"model": self.model, "optimizer": self.optimizer, **plugs}
 
     def _restore(self):
-        "Go on from the last state, if there is one."
-        self.done, self.saved = 0, time.monotonic()
-        if self.run.state.exists():
-            self.done, self.memo = load_state(self.run.state, self._parts())
+        "Go on from the last state that is whole, if there is one and the model that it kept."
+        self.done, self.saved, places, wrong = 0, time.monotonic(), self._states(), []
+        for place in places:
+            try:
+                self.done, self.memo = load_state(place, self._parts())
+                break
+            except UserError as e:
+                wrong.append(e)
+        if wrong and len(wrong) == len(places):
+            raise UserError(f"{wrong[0]}; delete the directory state there to start the run anew")
+        for place, why in zip(places, wrong):
+            logger.warning("%s; going on from the state before it", why)
+            place.unlink()
         self.run.rewind(self.done or -1)
         self.began = _clocks() - self.memo["seconds"]
+
+    def _states(self):
+        "The saved states, last one first; none is of use without the model that was kept."
+        places = [p for p in (self.run.state, _before(self.run.state)) if p.exists()]
+        try:
+            check_sums(self.run.path / "model")
+        except UserError as e:
+            logger.warning("%s; the run starts anew", e)
+            shutil.rmtree(self.run.path / "model")
+            while places:
+                places.pop().unlink()
+        return places
 
     def follow(self, progress=True):
         "Train from the last state to the end; bar, metrics, looks, states."
@@ -463,13 +518,15 @@ class _Session:
         if c.steps and not self.done:
             self.look(0)
         with tqdm(total=c.steps, initial=self.done, desc="training", unit="step", mininterval=.5,
-                  disable=_hidden(progress)) as bar:
+                  disable=_hidden(progress)) as bar, _asked_to_stop() as asked:
             for step, values in self._loop():
                 self.log(step, values)
                 _show(bar, recent, values)
                 if step in looks:
                     self.look(step)
-                self.save(step, step in looks)
+                self.save(step, step in looks or asked)
+                if asked and step % self.data.per == 0:
+                    raise KeyboardInterrupt
 
     def _loop(self):
         "The steps that are still to be done."
@@ -505,8 +562,19 @@ class _Session:
         self.run.log(step=step, seconds=round((_clocks() - self.began)[0], 1), **line)
         if step and self.data.keeps_best and (best is None or score > best):
             self.memo["best"] = score
-            self.data.save(self.model, self.run.path / "model")
+            self._keep()
         self.memo["looking"] += time.monotonic() - begun
+
+    def _keep(self):
+        "Write the model, and the SHA-256 of its files, as the program sha256sum does."
+        folder, lines = self.run.path / "model", []
+        (folder / sums_file).unlink(missing_ok=True)
+        self.data.save(self.model, folder)
+        for path in sorted(folder.glob("*")):
+            if path.is_file() and path.name != sums_file:
+                with open(path, "rb") as f:
+                    lines.append(f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {path.name}\n")
+        write_atomic(folder / sums_file, "".join(lines))
 
     def save(self, step, now=False):
         "Save a state, if a batch is done and it is time."
@@ -521,7 +589,7 @@ class _Session:
         wall, cpu = _clocks() - self.began
         self.optimizer = self.live = None # their memory is free for scoring
         if self.memo["best"] is None: # nothing was looked at, or the last one counts
-            self.data.save(self.model, self.run.path / "model")
+            self._keep()
         self.run.show = partial(tqdm, desc="evaluating", unit="batch", leave=False,
                                 disable=_hidden(progress))
         scores = _rounded(self.data.finish(self.model, self.run))
@@ -535,10 +603,29 @@ class _Session:
         shutil.rmtree(self.run.path / "state", ignore_errors=True) # no longer needed
         return result
 
-# %% ../nbs/A6_runs.ipynb #004f3f3a
+# %% ../nbs/A6_runs.ipynb #2be954ed
 def _clocks():
     "Wall time and the processor time of this process, seconds; only differences mean anything."
     return np.array([time.monotonic(), time.process_time()])
+
+@contextmanager
+def _asked_to_stop():
+    "Inside, the first Ctrl-C or SIGTERM is only noted in the list given; the second interrupts."
+    asked = []
+    def note(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+    mine = {}
+    if threading.current_thread() is threading.main_thread(): # no other may ask for signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                mine[number] = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, then in mine.items():
+            signal.signal(number, then)
 
 def _hidden(progress):
     "Whether a bar is not wanted, here or by the environment (tqdm before 4.66 does not ask it)."
@@ -587,18 +674,31 @@ def run_name(
     "The name of a run directory and of what is kept of it."
     return f"{row}-{preset}-s{seed}"
 
-# %% ../nbs/A6_runs.ipynb #1942ea6e
+# %% ../nbs/A6_runs.ipynb #95a494c7
+def read_result(
+    run:str|Path, # the directory of a finished run of a row, or its result.json
+) -> dict: # with row, preset, seed and dev
+    "What a finished run of a row came to."
+    path = Path(run)
+    if path.is_dir():
+        check_folder(path)
+        path = path / "result.json"
+        if not path.exists():
+            raise UserError(f"{run}: not a finished run (no result.json)")
+    got = _check_result(path)
+    for name, kind in (_named | {"dev": dict}).items():
+        if not isinstance(got.get(name), kind):
+            raise UserError(f"{run}: its result.json names no row, preset and seed, "
+                            "as that of 'minbert run' does")
+    return got
+
+# %% ../nbs/A6_runs.ipynb #b089037f
 def keep(
     run_dir:str|Path, # a finished run
     results:str|Path, # where results are collected
 ) -> Path: # ROW-PRESET-sSEED.json
     "Copy a finished run's result and its predictions to the collection."
-    run, results = RunDir(run_dir), Path(results)
-    if not run.finished:
-        raise UserError(f"{run.path}: not a finished run (no result.json)")
-    got = run.result()
-    if not _named <= set(got):
-        raise UserError(f"{run.path}: its result.json names no row, preset and seed")
+    run, results, got = RunDir(run_dir), Path(results), read_result(run_dir)
     name = run_name(got["row"], got["preset"], got["seed"])
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -612,7 +712,7 @@ def keep(
         write_atomic(results / f"{name}-{path.name}.gz", packed)
     return write_atomic(results / f"{name}.json", json.dumps(got, indent=1) + "\n")
 
-_named = {"row", "preset", "seed"} # what a kept run must say of itself
+_named = {"row": str, "preset": str, "seed": int} # what a kept run must say of itself
 
 def _pack(ids, values):
     "Values, one per line, below a hash of their ids; compressed."
@@ -625,16 +725,20 @@ def _hash_of(ids):
     "What tells these rows, in this order, from others."
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
-# %% ../nbs/A6_runs.ipynb #1c8e4f76
+# %% ../nbs/A6_runs.ipynb #314650a2
 def stored_answers(
     path:str|Path, # NAME-dev-TASK.csv.gz of the collection
     ids:list[str], # of the rows that are meant, in their order
 ) -> np.ndarray: # one per row: float64 where all are numbers, else strings
     "Kept predictions, if they are those of these rows."
+    most = 2**16 + 2**12 * len(ids) # characters; a few bytes can unpack to many gigabytes
     try:
-        text = gzip.decompress(Path(path).read_bytes()).decode()
+        with gzip.open(path) as f:
+            text = f.read(most + 1).decode()
     except (OSError, EOFError, ValueError, zlib.error) as e:
         raise UserError(f"{path}: {getattr(e, 'strerror', None) or 'damaged'}") from None
+    if len(text) > most:
+        raise UserError(f"{path} holds more than predictions for {len(ids)} rows")
     first, _, rest = text.partition("\n")
     try:
         values = [row[0] for row in csv.reader(io.StringIO(rest, newline="")) if row]
@@ -652,7 +756,7 @@ def stored_answers(
         raise UserError(f"{path}: some predictions are NaN or infinite")
     return numbers
 
-# %% ../nbs/A6_runs.ipynb #574e2f8d
+# %% ../nbs/A6_runs.ipynb #ac31f0cc
 def kept(
     results:str|Path|None=None, # the collection; default: the stored results
 ) -> list[dict]: # each as in result.json, and its minutes
@@ -661,7 +765,7 @@ def kept(
     for path in sorted(Path(results or results_dir()).glob("*.json")):
         if re.fullmatch(r".+-.+-s\d+", path.stem):
             run = read_json(path)
-            if _named <= set(run) and "dev" in run:
+            if _named.keys() <= set(run) and "dev" in run:
                 _check_result(path)
                 seconds = run.get("cpu_s", run.get("wall_s", 0)) # older runs have no processor time
                 found.append(run | {"minutes": seconds / 60})

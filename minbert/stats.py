@@ -84,7 +84,7 @@ def influence(
     y = (labels - labels.mean()) / labels.std()
     return a * y - (a * y).mean() * (a * a + y * y) / 2
 
-# %% ../nbs/A4_stats.ipynb #e592fe6e
+# %% ../nbs/A4_stats.ipynb #c5d8474a
 @dataclass(frozen=True)
 class Noise:
     "What another seed changes in a score, pooled over the rows of a family."
@@ -109,6 +109,11 @@ class Noise:
         "95 % interval of the standard deviation over seeds."
         low, high = chi2.ppf([.975, .025], self.df)
         return (self.variance * self.df / low)**.5, (self.variance * self.df / high)**.5
+
+    def new_run(self, mean, n):
+        "95 % interval for one more run of a row whose n runs have this mean."
+        half = float(student.ppf(.975, self.df)) * (self.variance * (1 + 1 / n))**.5
+        return mean - half, mean + half
 
 # %% ../nbs/A4_stats.ipynb #8bb15ee7
 @dataclass(frozen=True)

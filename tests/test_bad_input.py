@@ -154,6 +154,7 @@ def change_config(folder, **what):
 
 
 def change_weights(folder, edit):
+    (folder / "SHA256SUMS").unlink(missing_ok=True)     # as those do who mean it
     path = folder / "model.safetensors"
     save_file(edit(load_file(path)), path)
 

@@ -249,10 +249,11 @@ def test_damaged_files_are_named(data_dir, tmp_path, fails):
     process.communicate(timeout=120)
     again = [*RUN, "--data", data_dir, "--out", out, "--resume"]
     state = out / "state" / "last.safetensors"
-    whole = state.read_bytes()
+    whole, earlier = state.read_bytes(), state.with_name("before.safetensors")
+    earlier.unlink()                                # it would serve
     for damaged in (whole[:-500], whole[:-500] + bytes(500), b""):
         state.write_bytes(damaged)
-        fails(r"last\.safetensors: this state is damaged .*delete it", *again)
+        fails(r"last\.safetensors: this state is damaged .*delete the directory state", *again)
     state.write_bytes(whole)
     metrics = (out / "metrics.jsonl").read_bytes()
     (out / "metrics.jsonl").write_bytes(b"\0\0\0\n" + metrics)
