@@ -7,12 +7,13 @@ __all__ = ['commands', 'command', 'command_data', 'command_recipes', 'command_ru
            'command_sweep', 'command_table', 'command_claim', 'command_bench', 'command_evaluate', 'command_predict',
            'command_check', 'command_demo', 'usage', 'main']
 
-# %% ../nbs/A9_cli.ipynb #05c1e5d3
+# %% ../nbs/A9_cli.ipynb #46b8b202
 import json
 import logging
 import os
 import sys
 from argparse import SUPPRESS
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import fill
 
@@ -90,7 +91,7 @@ def command_recipes(
     for row, note in table.note.items():
         print(f"  {row:<4} {note}")
 
-# %% ../nbs/A9_cli.ipynb #a2d79db8
+# %% ../nbs/A9_cli.ipynb #2f69f637
 @command
 def command_run(
     row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own
@@ -106,9 +107,14 @@ def command_run(
     resume:bool=False, # go on with the run in that directory
 ):
     "Train and score one row of the reports."
+    from minbert.core import UserError
     from minbert.data import load_tasks, main_tasks
+    from minbert.processes import world_size
     from minbert.recipes import Setup, get_recipe, run_row
     recipe = get_recipe(row)
+    if recipe.best_of and world_size() > 1:
+        raise UserError(f"row {row} chooses among finished runs: run {', '.join(recipe.best_of)} "
+                        f"with several processes, then {row} with one")
     _number("seed", seed)
     _number("epochs", epochs, 10_000)
     _number("limit", limit, 2**63)
@@ -127,7 +133,7 @@ def _ended(result, out):
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #eb4f9e29
+# %% ../nbs/A9_cli.ipynb #7a83244f
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -146,6 +152,7 @@ def command_train(
     "Fine-tune one BERT on your own tasks."
     from minbert.core import UserError
     from minbert.data import load_tasks
+    from minbert.processes import by_writer
     from minbert.runs import RunDir, train
     _number("seed", seed)
     _number("epochs", epochs, 10_000)
@@ -160,8 +167,8 @@ def command_train(
     choice = {"method": method, "smart": smart, "mixing": mixing, "init": init, "epochs": epochs,
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
     result = train(out, *_task_job(corpus, choice), resume=resume)
-    _predict_tests(out, corpus, device)
-    _write_card(out, corpus, result, init)
+    by_writer(_predict_tests, out, corpus, device)
+    by_writer(_write_card, out, corpus, result, init)
     _ended(result, out)
 
 def _predict_tests(out, corpus, device):
@@ -927,7 +934,7 @@ def _expand(value):
     home = isinstance(value, str) and value.startswith("~")
     return os.path.expanduser(value) if home else value
 
-# %% ../nbs/A9_cli.ipynb #f9125d57
+# %% ../nbs/A9_cli.ipynb #e02e7b9f
 class _Plain(logging.Handler):
     "Log records as plain lines on standard error, whatever that is at the moment."
     def emit(self, record):
@@ -940,7 +947,8 @@ def _guarded(f, args):
     log.propagate = False
     log.handlers[:] = [_Plain()]
     try:
-        code = f(**args) or 0
+        with _others(f):
+            code = f(**args) or 0
         if sys.stdout: # None for a program without a console
             sys.stdout.flush()
     except UserError as e:
@@ -952,3 +960,19 @@ def _guarded(f, args):
         _say(f"minbert: {e.filename or f.__name__.removeprefix('command_')}: {e.strerror or e}")
         return 1
     return code
+
+def _others(f):
+    "The processes that torchrun started beside this one, if it did."
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return nullcontext()
+    if f not in (command_run, command_train, command_pretrain):
+        from minbert.core import UserError
+        name = f.__name__.removeprefix("command_")
+        raise UserError(f"'minbert {name}' works in one process: start it without torchrun")
+    from minbert.processes import joined
+    return joined()
+
+# %% ../nbs/A9_cli.ipynb #95d0a22d
+#| eval: false
+if __name__ == "__main__":
+    sys.exit(main())
