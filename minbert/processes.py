@@ -75,7 +75,7 @@ def rank() -> int: # from 0 to N - 1
     "The number of this process."
     return dist.get_rank() if world_size() > 1 else 0
 
-# %% ../nbs/A5b_processes.ipynb #e28e0a98
+# %% ../nbs/A5b_processes.ipynb #4c2a35b9
 def by_writer(
     f:Callable, # what is to be done once
     *args, # of f
@@ -83,6 +83,7 @@ def by_writer(
     "Let the writer do something, and every process know what came of it."
     if world_size() == 1:
         return f(*args)
+    gather(None) # nobody is still looking at what f may change
     found = [None, ""]
     if rank() == 0:
         try:

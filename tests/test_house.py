@@ -98,6 +98,21 @@ def test_no_printing_in_the_library():
         assert not calls, name
 
 
+def test_an_encoder_comes_with_little_beside_torch():
+    "Processor time and the largest packages that our own modules use elsewhere."
+    code = """
+import sys, time
+import torch, fastcore.basics
+start, before = time.process_time(), set(sys.modules)
+import minbert.bert
+took, new = time.process_time() - start, set(sys.modules) - before
+heavy = new & {"pandas", "scipy", "matplotlib", "seaborn", "huggingface_hub", "pooch", "joblib", "tqdm"}
+sys.exit(f"{took:.2f} s, {sorted(heavy)}" if heavy or took > .2 else 0)
+"""
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+
+
 def test_ruff():
     ruff = Path(sys.executable).with_name("ruff")
     if not ruff.exists(): pytest.skip("ruff is not installed")
