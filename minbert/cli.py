@@ -7,7 +7,7 @@ __all__ = ['commands', 'command', 'command_data', 'command_recipes', 'command_ru
            'command_sweep', 'command_table', 'command_claim', 'command_compare', 'command_bench', 'command_evaluate',
            'command_predict', 'command_check', 'command_demo', 'usage', 'main']
 
-# %% ../nbs/A9_cli.ipynb #4957efc9
+# %% ../nbs/A9_cli.ipynb #707e51c7
 import json
 import logging
 import os
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from argparse import SUPPRESS
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import fill
 
@@ -94,7 +94,7 @@ def command_recipes(
     for row, note in table.note.items():
         print(f"  {row:<4} {note}")
 
-# %% ../nbs/A9_cli.ipynb #a2d79db8
+# %% ../nbs/A9_cli.ipynb #2f69f637
 @command
 def command_run(
     row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own
@@ -110,9 +110,14 @@ def command_run(
     resume:bool=False, # go on with the run in that directory
 ):
     "Train and score one row of the reports."
+    from minbert.core import UserError
     from minbert.data import load_tasks, main_tasks
+    from minbert.processes import world_size
     from minbert.recipes import Setup, get_recipe, run_row
     recipe = get_recipe(row)
+    if recipe.best_of and world_size() > 1:
+        raise UserError(f"row {row} chooses among finished runs: run {', '.join(recipe.best_of)} "
+                        f"with several processes, then {row} with one")
     _number("seed", seed)
     _number("epochs", epochs, 10_000)
     _number("limit", limit, 2**63)
@@ -131,7 +136,7 @@ def _ended(result, out):
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #eb4f9e29
+# %% ../nbs/A9_cli.ipynb #7a83244f
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -150,6 +155,7 @@ def command_train(
     "Fine-tune one BERT on your own tasks."
     from minbert.core import UserError
     from minbert.data import load_tasks
+    from minbert.processes import by_writer
     from minbert.runs import RunDir, train
     _number("seed", seed)
     _number("epochs", epochs, 10_000)
@@ -164,8 +170,8 @@ def command_train(
     choice = {"method": method, "smart": smart, "mixing": mixing, "init": init, "epochs": epochs,
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
     result = train(out, *_task_job(corpus, choice), resume=resume)
-    _predict_tests(out, corpus, device)
-    _write_card(out, corpus, result, init)
+    by_writer(_predict_tests, out, corpus, device)
+    by_writer(_write_card, out, corpus, result, init)
     _ended(result, out)
 
 def _predict_tests(out, corpus, device):
@@ -1010,7 +1016,7 @@ def _expand(value):
     home = isinstance(value, str) and value.startswith("~")
     return os.path.expanduser(value) if home else value
 
-# %% ../nbs/A9_cli.ipynb #f9125d57
+# %% ../nbs/A9_cli.ipynb #e02e7b9f
 class _Plain(logging.Handler):
     "Log records as plain lines on standard error, whatever that is at the moment."
     def emit(self, record):
@@ -1023,7 +1029,8 @@ def _guarded(f, args):
     log.propagate = False
     log.handlers[:] = [_Plain()]
     try:
-        code = f(**args) or 0
+        with _others(f):
+            code = f(**args) or 0
         if sys.stdout: # None for a program without a console
             sys.stdout.flush()
     except UserError as e:
@@ -1035,3 +1042,19 @@ def _guarded(f, args):
         _say(f"minbert: {e.filename or f.__name__.removeprefix('command_')}: {e.strerror or e}")
         return 1
     return code
+
+def _others(f):
+    "The processes that torchrun started beside this one, if it did."
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return nullcontext()
+    if f not in (command_run, command_train, command_pretrain):
+        from minbert.core import UserError
+        name = f.__name__.removeprefix("command_")
+        raise UserError(f"'minbert {name}' works in one process: start it without torchrun")
+    from minbert.processes import joined
+    return joined()
+
+# %% ../nbs/A9_cli.ipynb #95d0a22d
+#| eval: false
+if __name__ == "__main__":
+    sys.exit(main())

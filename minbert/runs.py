@@ -6,8 +6,9 @@
 __all__ = ['Data', 'TrainConfig', 'environment', 'peak_rss_mb', 'save_state', 'load_state', 'RunDir', 'train', 'results_dir',
            'run_name', 'read_result', 'keep', 'stored_answers', 'kept', 'sweep']
 
-# %% ../nbs/A6_runs.ipynb #47270e19
+# %% ../nbs/A6_runs.ipynb #b6e650bf
 import csv
+import ctypes
 import gzip
 import hashlib
 import io
@@ -22,8 +23,9 @@ import subprocess
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -47,7 +49,8 @@ from .core import log as logger
 from .fast import install, make_optimizer
 from .files import checkouts, read_table
 from .optim import load_state_tensors, schedules, state_tensors
-from .train import Clip, Schedule, fit, pick_combine
+from .processes import by_writer, fit_together, rank, world_size
+from .train import Clip, Schedule, pick_combine
 
 # %% ../nbs/A6_runs.ipynb #05c7e356
 class Data(Protocol):
@@ -110,14 +113,15 @@ class TrainConfig:
         batches = self.steps // per
         return {per * round(batches * (k + 1) / self.evals) for k in range(self.evals)} - {0}
 
-# %% ../nbs/A6_runs.ipynb #7d8b54af
+# %% ../nbs/A6_runs.ipynb #9d46434c
 def environment(
     device:torch.device=torch.device("cpu"), # where the model lives
 ) -> dict: # JSON values
     "What a result depends on besides its settings."
     return {"device": device.type, "processor": _processor(device),
             "precision": "bf16" if has_bf16(device) else "fp32",
-            "threads": torch.get_num_threads(), "versions": _versions(), "commit": _commit()}
+            "threads": torch.get_num_threads(), "processes": world_size(),
+            "versions": _versions(), "commit": _commit()}
 
 def _processor(device):
     "The name of what computes."
@@ -255,7 +259,7 @@ def _put_back(part, state):
     else:
         part.load_state_dict(state)
 
-# %% ../nbs/A6_runs.ipynb #85a22544
+# %% ../nbs/A6_runs.ipynb #1a660022
 class RunDir:
     "A run's files."
     def __init__(self,
@@ -356,7 +360,7 @@ def _compare(path, config):
         raise UserError(f"{path}: no run to resume ({e})") from None
     if not set(old) & set(config):
         raise UserError(f"{path}: no run to resume, its config.json is not a run's")
-    places = ("device", "processor", "precision", "threads", "versions", "commit")
+    places = ("device", "processor", "precision", "threads", "processes", "versions", "commit")
     found = [(k, f"{k} was {a} and is now {b}") for k, a, b in _differences(old, config)]
     for key, what in found:
         if key.split(".")[0] not in places:
@@ -430,7 +434,7 @@ def clean(self:RunDir):
         for p in [*self.path.glob(kind)]:
             shutil.rmtree(p) if p.is_dir() else p.unlink()
 
-# %% ../nbs/A6_runs.ipynb #edab4863
+# %% ../nbs/A6_runs.ipynb #11b49580
 def train(
     out:str|Path, # the run directory
     model:nn.Module, # freshly initialised, on its device; anything that fit can train
@@ -442,20 +446,25 @@ def train(
 ) -> dict: # what result.json holds
     "Train, look, keep a model, and leave a directory that can be resumed at any time."
     run, plugs = RunDir(out), tuple(plugs)
-    run.check(resume)
+    by_writer(run.check, resume)
     config = TrainConfig(**config) if isinstance(config, dict) else config
     session = _Session(run, model, data, config, plugs) # writes nothing yet
     asked = {**data.info, "train": asdict(config), "plugs": [_settings(p) for p in plugs]}
-    run.start({**asked, **environment(_device(model))}, resume)
-    if run.finished: # a kill may have come between the result and this
+    by_writer(run.start, {**asked, **environment(_device(model))}, resume)
+    if there := by_writer(_finished, run):
+        return there
+    with run.lock() if rank() == 0 else nullcontext():
+        if there := by_writer(_finished, run): # by another run, just before we had the lock
+            return there
+        by_writer(run.clean)
+        session.follow(progress)
+        return by_writer(session.finish, progress)
+
+def _finished(run):
+    "A finished run's result, or nothing; a kill may have left its states behind."
+    if run.finished:
         shutil.rmtree(run.path / "state", ignore_errors=True)
         return run.result()
-    with run.lock():
-        if run.finished: # by another process, just before we had the lock
-            return run.result()
-        run.clean()
-        session.follow(progress)
-        return session.finish(progress)
 
 def _settings(plug):
     "A method's settings as JSON takes them."
@@ -465,7 +474,7 @@ def _device(model):
     "Where a model lives."
     return next(model.parameters()).device
 
-# %% ../nbs/A6_runs.ipynb #2eceefc7
+# %% ../nbs/A6_runs.ipynb #ed10146f
 class _Session:
     "One process's part of a run."
     def __init__(self, run, model, data, config, plugs):
@@ -510,9 +519,24 @@ class _Session:
                 places.pop().unlink()
         return places
 
+    def _begin(self):
+        "Restore; steps done, and what the other processes need to go on, too."
+        self._restore()
+        if world_size() == 1 or not self.done:
+            return self.done, {}
+        states = {}
+        for name, part in self._parts().items():
+            states[name] = {k: v.detach().cpu() for k, v in _state_of(part).items()}
+        return self.done, states
+
     def follow(self, progress=True):
         "Train from the last state to the end; bar, metrics, looks, states."
-        self._restore()
+        self.done, states = by_writer(self._begin)
+        if rank(): # the others only compute
+            for name, state in states.items():
+                _put_back(self._parts()[name], state)
+            deque(self._loop(), maxlen=0)
+            return
         c, recent = self.config, {}
         looks = c.looks(self.data.per)
         if c.steps and not self.done:
@@ -534,7 +558,7 @@ class _Session:
         plugs = [Schedule(self.optimizer, c.rate()), *self.live,
                  Clip(self.model.parameters(), c.clip)]
         steps = self._count(self.data.steps(self.model.train(), self.done))
-        return fit(self.model, steps, self.optimizer, c.steps, plugs, self.done, c.seed)
+        return fit_together(self.model, steps, self.optimizer, c.steps, plugs, self.done, c.seed)
 
     def _count(self, steps):
         "The same steps; the rows of each task are added up."
@@ -771,7 +795,7 @@ def kept(
                 found.append(run | {"minutes": seconds / 60})
     return found
 
-# %% ../nbs/A6_runs.ipynb #4d50b96e
+# %% ../nbs/A6_runs.ipynb #69f4ad72
 def sweep(
     todo:Iterable[tuple[str, int]], # (row, seed), in the order in which they start
     command:Callable, # (row, seed, run directory) → arguments of a process
@@ -795,8 +819,9 @@ def sweep(
 def _run_one(row, seed, argv, run, results, threads):
     "Run a row in a process of its own, and keep its result."
     env = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "PYTHONSAFEPATH": "1"}
+    linux = platform.system() == "Linux" or None
     got = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                         env=os.environ | env)
+                         env=os.environ | env, preexec_fn=linux and _end_with_parent)
     if got.returncode:
         said = got.stderr.strip().splitlines() or [f"ended with {got.returncode}"]
         return row, seed, None, said[-1]
@@ -805,6 +830,10 @@ def _run_one(row, seed, argv, run, results, threads):
         return row, seed, read_json(run / "result.json"), ""
     except UserError as e:
         return row, seed, None, str(e)
+
+def _end_with_parent():
+    "Let this process be told to end when the one that started it is killed."
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM) # 1: PR_SET_PDEATHSIG, which only Linux has
 
 def _connect(address):
     "Whether a cluster was asked for; if so, make it the one that joblib uses."

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import NOTEBOOKS, ROOT
 
-ORDER = ("core files checkpoints stats data attention bert optim heads mixing train pcgrad conflicts smart mlm electra fast runs "
+ORDER = ("core files checkpoints stats data attention bert optim heads mixing train pcgrad conflicts smart mlm electra fast processes runs "
          "recipes results bench mistakes check cli").split()
 ALONE = ("attention", "optim", "mixing", "pcgrad", "smart")      # to be lifted out: they import core at most
 NAMES_TASKS = ("data", "recipes", "results")                     # all others work on any tasks
@@ -96,6 +96,21 @@ def test_no_printing_in_the_library():
         if name == "cli": continue
         calls = [n for c in exported(path) for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
         assert not calls, name
+
+
+def test_an_encoder_comes_with_little_beside_torch():
+    "Processor time and the largest packages that our own modules use elsewhere."
+    code = """
+import sys, time
+import torch, fastcore.basics
+start, before = time.process_time(), set(sys.modules)
+import minbert.bert
+took, new = time.process_time() - start, set(sys.modules) - before
+heavy = new & {"pandas", "scipy", "matplotlib", "seaborn", "huggingface_hub", "pooch", "joblib", "tqdm"}
+sys.exit(f"{took:.2f} s, {sorted(heavy)}" if heavy or took > .2 else 0)
+"""
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
 
 
 def test_ruff():

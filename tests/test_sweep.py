@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -78,14 +79,40 @@ def arguments(row, seed, run_dir):
             "--limit", "40", "--out", run_dir, "--resume"]
 
 
-def test_two_workers_of_a_cluster(tmp_path):
+def kill_while_busy(pid, runs, killed):
+    "Kill a worker as soon as every run has trained a few steps."
+    deadline = time.monotonic() + 120
+    while not all((r / "metrics.jsonl").exists() and len(trained(r)) > 5 for r in runs):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(.02)
+    os.kill(pid, signal.SIGKILL)
+    killed += [r for r in runs if not (r / "result.json").exists()]
+
+
+def trained(run_dir):
+    "The steps that were trained, in their order."
+    lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(x)["step"] for x in lines if "loss_" in x]
+
+
+def test_two_workers_of_a_cluster_one_of_them_killed(tmp_path):
+    "Its run goes to the other worker, once."
     distributed = pytest.importorskip("distributed")
+    todo, killed = [("S1", 0), ("S3", 0)], []
+    runs = [tmp_path / f"runs/{row}-pocket-s0" for row, _ in todo]
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1,
                                   dashboard_address=None) as cluster:
-        ended = list(sweep([("E1", 0), ("S2", 0)], arguments, tmp_path / "results",
-                           tmp_path / "runs", 2, cluster.scheduler_address, "pocket"))
-    assert sorted((row, error) for row, _, _, error in ended) == [("E1", ""), ("S2", "")]
-    assert rows(tmp_path / "results") == ["E1", "S2"]
+        pid = cluster.workers[0].pid
+        killer = threading.Thread(target=kill_while_busy, args=(pid, runs, killed))
+        killer.start()
+        ended = list(sweep(todo, arguments, tmp_path / "results", tmp_path / "runs", 2,
+                           cluster.scheduler_address, "pocket"))
+        killer.join()
+    assert sorted((row, error) for row, _, _, error in ended) == [("S1", ""), ("S3", "")]
+    assert rows(tmp_path / "results") == ["S1", "S3"] and killed == runs
+    for row, _, result, _ in ended:
+        assert trained(tmp_path / f"runs/{row}-pocket-s0") == [*range(1, result["steps"] + 1)]
 
 
 def test_what_a_sweep_cannot_do(fails, tmp_path):
@@ -106,6 +133,13 @@ def test_runs_on_other_data_are_not_put_together(fails, tmp_path, data_dir):
 
 
 def test_help_imports_no_torch():
-    code = ("import sys; from minbert.cli import main; main(['--help']);"
-            "sys.exit('torch' in sys.modules)")
-    assert run(sys.executable, "-c", code).returncode == 0
+    "Of any command; half a second of processor time for all of them together."
+    code = """
+import sys, time
+from minbert.cli import commands, main
+for name in ("", *commands):
+    main([*name.split(), "--help"])
+sys.exit(any(m in sys.modules for m in ("torch", "numpy", "pandas")) or time.process_time() > .5)
+"""
+    got = run(sys.executable, "-c", code)
+    assert got.returncode == 0 and got.stdout.count("usage: minbert") > 12, got.stderr
