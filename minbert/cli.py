@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'command', 'command_data', 'command_recipes', 'command_run', 'command_train', 'command_pretrain',
-           'command_sweep', 'command_table', 'command_claim', 'command_bench', 'command_evaluate', 'command_predict',
-           'command_check', 'command_demo', 'usage', 'main']
+           'command_sweep', 'command_table', 'command_claim', 'command_bench', 'command_tensorboard',
+           'command_evaluate', 'command_predict', 'command_check', 'command_demo', 'usage', 'main']
 
 # %% ../nbs/A9_cli.ipynb #05c1e5d3
 import json
@@ -534,6 +534,53 @@ def command_bench(
         write_atomic(json, dumps(got) + "\n")
     print(*bench_summary(got), sep="\n")
 
+# %% ../nbs/A9_cli.ipynb #ffb15efe
+@command
+def command_tensorboard(
+    run:Param("run directories, or a folder of them, such as runs", str, opt=False, nargs="+"),
+    follow:bool=False, # go on while runs are training, until Ctrl-C
+):
+    "Write TensorBoard's event files for runs, finished or still training."
+    from minbert.core import UserError
+    places = _run_dirs(run)
+    if not places and not follow:
+        raise UserError(f"{run[0]}: no run directory, and no folder of them (no metrics.jsonl)")
+    shared = os.path.relpath(os.path.commonpath([os.path.abspath(r) for r in run]))
+    look = f"tensorboard --logdir {run[0] if len(run) == 1 else shared}"
+    if not follow:
+        _write_events(run, {}, False)
+        return _say(f"event files for {len(places)} runs are written; see them with: {look}")
+    _say(f"following until Ctrl-C; in another terminal: {look}")
+    _follow_runs(run)
+
+def _run_dirs(paths):
+    "Run directories among these paths, or right below them."
+    found = [Path(p) for p in paths if (Path(p) / "metrics.jsonl").exists()]
+    return found + sorted(m.parent for p in paths for m in Path(p).glob("*/metrics.jsonl"))
+
+def _write_events(paths, open_files, more):
+    "Bring every run's event file up to date; it is closed where nothing more will come."
+    from minbert.runs import Events, RunDir
+    for place in _run_dirs(paths):
+        finished = (place / "result.json").exists() # asked before the metrics are read
+        events = open_files.setdefault(place, Events(RunDir(place)))
+        if events:
+            events.update()
+        if events and (finished or not more):
+            events.close()
+            open_files[place] = None
+
+def _follow_runs(paths):
+    "Every two seconds, until Ctrl-C."
+    from time import sleep
+    open_files = {}
+    try:
+        while True:
+            _write_events(paths, open_files, True)
+            sleep(2)
+    except KeyboardInterrupt:
+        return
+
 # %% ../nbs/A9_cli.ipynb #ff625804
 def _scored(model, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
@@ -861,10 +908,10 @@ def _demo_report(table, texts, corpus, result, out):
           "  minbert train TASKS.toml   # tasks of your own (chapter 16)\n"
           "  minbert run best           # our best row, on the real data (a quarter of an hour)")
 
-# %% ../nbs/A9_cli.ipynb #f73e9258
+# %% ../nbs/A9_cli.ipynb #08f43869
 def usage() -> str: # many lines
     "The program's own help: one line per command, from its docstring."
-    lines = "\n".join(f"  {name:<10} {f.__doc__}" for name, f in commands.items())
+    lines = "\n".join(f"  {name:<12}{f.__doc__}" for name, f in commands.items())
     return ("usage: minbert COMMAND [options]\n\nminBERT from numbered notebooks: how much can "
             f"three small data sets teach one small BERT?\n\ncommands:\n{lines}\n\n"
             "'minbert COMMAND --help' says what a command takes. Start with: minbert demo")
