@@ -90,7 +90,7 @@ def command_recipes(
     for row, note in table.note.items():
         print(f"  {row:<4} {note}")
 
-# %% ../nbs/A9_cli.ipynb #a2d79db8
+# %% ../nbs/A9_cli.ipynb #2f7adc46
 @command
 def command_run(
     row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own
@@ -118,16 +118,16 @@ def command_run(
     result = run_row(row, out, corpus.limit(limit), setup, resume)
     _ended(result, out)
 
-def _ended(result, out):
+def _ended(result, out, limit=""):
     "Say where everything is, and print the scores."
     cut = sum(result.get("truncated", {}).values())
     if cut:
-        _say(f"{cut} training texts were longer than the model reads and were cut")
+        _say(f"{cut} training texts were too long and were cut{limit}")
     _say(f"scores on dev, {result['wall_s']:.0f} s, {result['peak_rss_mb']} MB; "
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #eb4f9e29
+# %% ../nbs/A9_cli.ipynb #9b3a2f00
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -161,8 +161,32 @@ def command_train(
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
     result = train(out, *_task_job(corpus, choice), resume=resume)
     _predict_tests(out, corpus, device)
-    _write_card(out, corpus, result, init)
-    _ended(result, out)
+    if not (out / "model" / "README.md").exists(): # one that is there stays
+        floors = _all_floors(corpus, init, device)
+        _write_card(out, corpus, result, init, floors.max())
+        for line in _below(corpus, result, floors):
+            _say(line)
+    _ended(result, out, f" after {max_length} tokens (--max_length)")
+
+def _all_floors(corpus, init, device):
+    "Dev scores without training: those of any data, and the cosine of the encoder's own vectors."
+    from minbert.bert import BertModel
+    from minbert.core import pick_device
+    from minbert.data import floors
+    from minbert.heads import encoder_floor
+    table = floors(corpus)
+    bert = BertModel.from_pretrained(init).to(pick_device(device))
+    for task, score in encoder_floor(bert, corpus).items():
+        table.loc["encoder's cosine", task] = score
+    return table
+
+def _below(corpus, result, floors):
+    "A line for each task that training has not brought above its best floor."
+    for task in corpus.tasks:
+        score, best = result["dev"][task], floors[task].max()
+        if score <= best:
+            yield (f"{task}: {score:.3f} on dev does not beat {best:.3f}, which needs no training "
+                   f"({floors[task].idxmax()}); chapter 16 says what to try")
 
 def _predict_tests(out, corpus, device):
     "Answers to the test files, as test-TASK.csv in the run directory."
@@ -184,7 +208,8 @@ with seed {seed}; data {data}.
 |---|---|---|---|---|---|---|
 {lines}
 
-The floors need no model: the commonest label, and the words that two texts share.
+The floors need no training: the commonest label, the words that two texts share, and the cosine
+of the starting encoder's vectors.
 
     from minbert.heads import MultitaskBert
     MultitaskBert.from_pretrained("{name}").predict("{task}", {example})
@@ -193,15 +218,10 @@ The encoder alone opens with AutoModel.from_pretrained of transformers. What the
 they come from, and what the model should not be used for: please write it here.
 """
 
-def _write_card(out, corpus, result, init):
-    "The model card, model/README.md, with what the run knows; one that is there stays."
+def _write_card(out, corpus, result, init, best):
+    "The model card, model/README.md, with what the run knows."
     from minbert.core import write_atomic
-    from minbert.data import floors
-    card = out / "model" / "README.md"
-    if card.exists():
-        return
-    best, lines = floors(corpus).max(), []
-    task = next(iter(corpus.tasks.values()))
+    lines, task = [], next(iter(corpus.tasks.values()))
     example = '[("...", "...")]' if task.pair else '["..."]'
     for name, t in corpus.tasks.items():
         answers = ", ".join(t.labels[:6]) or f"{t.low:g} to {t.high:g}"
@@ -209,7 +229,7 @@ def _write_card(out, corpus, result, init):
         cells = [name, t.kind, answers, *counts, f"{t.metric} {result['dev'][name]:.3f}",
                  f"{best[name]:.3f}"]
         lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
-    write_atomic(card, _card.format(
+    write_atomic(out / "model" / "README.md", _card.format(
         name=out.name, init=init, steps=result["steps"], seed=result["seed"],
         data=result["data_fingerprint"], lines="\n".join(lines), task=task.name,
         example=example))
@@ -648,13 +668,14 @@ def _config(model, task):
         raise UserError(f"no head for {task!r}: this model knows {', '.join(model.configs)}")
     return model.configs[task]
 
-# %% ../nbs/A9_cli.ipynb #c3bf834a
+# %% ../nbs/A9_cli.ipynb #2078cbd3
 @command
 def command_predict(
     run:str, # run directory, or a model directory
     task:str, # a task that the model has a head for
     input:str, # table with the task's text columns, with or without labels
     output:str, # CSV to write: id and the prediction
+    probabilities:bool=False, # also a column p_LABEL for each label
     device:str="auto", # auto, cpu, cuda or mps
 ):
     "Predict every row of a file."
@@ -664,7 +685,19 @@ def command_predict(
     c = _config(model, task)
     if Path(input).resolve() == Path(output).resolve():
         raise UserError(f"{output}: input and output are the same file")
-    _write_answers(output, model, task, read_rows(input, c.task, "test"))
+    write = _write_probabilities if probabilities else _write_answers
+    write(output, model, task, read_rows(input, c.task, "test"))
+
+def _write_probabilities(output, model, task, rows):
+    "Predictions, and how probable each label is, as a table."
+    from minbert.files import write_table
+    texts = rows.texts if rows.task.pair else [text for text, in rows.texts]
+    p = model.predict(task, texts, probabilities=True)
+    answers = zip(rows.ids, rows.task.answers(p.argmax(1)), p)
+    cells = [[name, answer, *(f"{x:.6f}" for x in row)] for name, answer, row in answers]
+    header = ["id", rows.task.answer, *(f"p_{label}" for label in rows.task.labels)]
+    write_table(output, header, cells)
+    _say(f"{output}: {len(rows)} rows predicted")
 
 def _write_answers(output, model, task, rows):
     "Predict rows into a table, and say how many."
