@@ -75,7 +75,7 @@ def command_data(
     print("Dev scores that need no model:", floors(corpus).round(3).to_string(na_rep="-"), sep="\n")
     print(f"\nfingerprint: {corpus.fingerprint}")
 
-# %% ../nbs/A9_cli.ipynb #832b7e06
+# %% ../nbs/A9_cli.ipynb #298e8121
 @command
 def command_recipes(
     json:bool=False, # one JSON object instead of a table
@@ -85,10 +85,11 @@ def command_recipes(
     table = ingredients()
     if json:
         return _show("", _records(table), True)
-    print(table.drop(columns="note").fillna("-").to_string())
-    print("\nWhat the reports leave open and how we read it:")
-    for row, note in table.note.items():
-        print(f"  {row:<4} {note}")
+    print(table.drop(columns=["report", "note"]).fillna("-").to_string())
+    print("\nWhat the reports call them, what they leave open, and how we read it:")
+    for row, name, note in table[["report", "note"]].itertuples():
+        text = f"{row:<4} {name}" + (f": {note}" if note else "")
+        print(fill(text, 98, initial_indent="  ", subsequent_indent="       "))
 
 # %% ../nbs/A9_cli.ipynb #2f7adc46
 @command
@@ -493,7 +494,7 @@ def _weigh(claim, score, results, preset):
             "differs_in": e["changed"], "made_with": e["made"],
             "independent": list(stored.unknown)}
 
-# %% ../nbs/A9_cli.ipynb #cae947b8
+# %% ../nbs/A9_cli.ipynb #987675f7
 @command
 def command_claim(
     claim:str, # two rows with > or < between, in quotation marks: "E9 > E7"
@@ -516,7 +517,7 @@ def _claim_lines(got):
     "A claim's figures in words."
     need = got["seeds_for_80_percent"]
     more = f"{need} per row" if need else "more than 100 per row, if any number"
-    yield (f"{got['row']} − {got['against']}, {got['score']}: {got['difference']:+.4f}, 95 % "
+    yield (f"{got['row']} - {got['against']}, {got['score']}: {got['difference']:+.4f}, 95 % "
            f"[{got['low']:+.4f}, {got['high']:+.4f}] over seeds and dev examples "
            "({} and {} seeds)".format(*got["seeds"]))
     yield f"verdict: {got['verdict']} (margin {got['margin']:g}); \"{got['claim']}\" {got['holds']}"
@@ -941,7 +942,7 @@ def _demo_report(table, texts, corpus, result, out):
           "  minbert train TASKS.toml   # tasks of your own (chapter 16)\n"
           "  minbert run best           # our best row, on the real data (a quarter of an hour)")
 
-# %% ../nbs/A9_cli.ipynb #08f43869
+# %% ../nbs/A9_cli.ipynb #1f1b270b
 def usage() -> str: # many lines
     "The program's own help: one line per command, from its docstring."
     lines = "\n".join(f"  {name:<12}{f.__doc__}" for name, f in commands.items())
@@ -954,7 +955,7 @@ def _parser(name):
     parser = anno_parser(commands[name], prog=f"minbert {name}")
     for action in parser._actions:
         if action.help and action.help is not SUPPRESS:
-            for empty in (" (default: )", " (default: ())"):
+            for empty in (" (default: )", " (default: ())", " (default: False)"):
                 action.help = action.help.replace(empty, "")
     return parser
 
