@@ -555,7 +555,7 @@ def command_bench(
         write_atomic(json, dumps(got) + "\n")
     print(*bench_summary(got), sep="\n")
 
-# %% ../nbs/A9_cli.ipynb #ffb15efe
+# %% ../nbs/A9_cli.ipynb #475077eb
 @command
 def command_tensorboard(
     run:Param("run directories, or a folder of them, such as runs", str, opt=False, nargs="+"),
@@ -570,7 +570,7 @@ def command_tensorboard(
     look = f"tensorboard --logdir {run[0] if len(run) == 1 else shared}"
     if not follow:
         _write_events(run, {}, False)
-        return _say(f"event files for {len(places)} runs are written; see them with: {look}")
+        return _say(f"event files written: {len(places)}; see them with: {look}")
     _say(f"following until Ctrl-C; in another terminal: {look}")
     _follow_runs(run)
 
