@@ -53,6 +53,7 @@ setup(
         "check": ["hypothesis>=6"],
         "cluster": ["dask[distributed]"],
         "dev": cfg["dev_requirements"].split(),
+        "tensorboard": ["tensorboard>=2.14"],
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

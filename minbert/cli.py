@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'command', 'command_data', 'command_recipes', 'command_run', 'command_train', 'command_pretrain',
-           'command_sweep', 'command_table', 'command_claim', 'command_compare', 'command_bench', 'command_evaluate',
-           'command_predict', 'command_check', 'command_demo', 'usage', 'main']
+           'command_sweep', 'command_table', 'command_claim', 'command_compare', 'command_bench', 'command_tensorboard',
+           'command_evaluate', 'command_predict', 'command_check', 'command_demo', 'usage', 'main']
 
 # %% ../nbs/A9_cli.ipynb #707e51c7
 import json
@@ -79,7 +79,7 @@ def command_data(
     print("Dev scores that need no model:", floors(corpus).round(3).to_string(na_rep="-"), sep="\n")
     print(f"\nfingerprint: {corpus.fingerprint}")
 
-# %% ../nbs/A9_cli.ipynb #832b7e06
+# %% ../nbs/A9_cli.ipynb #298e8121
 @command
 def command_recipes(
     json:bool=False, # one JSON object instead of a table
@@ -89,12 +89,13 @@ def command_recipes(
     table = ingredients()
     if json:
         return _show("", _records(table), True)
-    print(table.drop(columns="note").fillna("-").to_string())
-    print("\nWhat the reports leave open and how we read it:")
-    for row, note in table.note.items():
-        print(f"  {row:<4} {note}")
+    print(table.drop(columns=["report", "note"]).fillna("-").to_string())
+    print("\nWhat the reports call them, what they leave open, and how we read it:")
+    for row, name, note in table[["report", "note"]].itertuples():
+        text = f"{row:<4} {name}" + (f": {note}" if note else "")
+        print(fill(text, 98, initial_indent="  ", subsequent_indent="       "))
 
-# %% ../nbs/A9_cli.ipynb #2f69f637
+# %% ../nbs/A9_cli.ipynb #81db516e
 @command
 def command_run(
     row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own
@@ -127,16 +128,16 @@ def command_run(
     result = run_row(row, out, corpus.limit(limit), setup, resume)
     _ended(result, out)
 
-def _ended(result, out):
+def _ended(result, out, limit=""):
     "Say where everything is, and print the scores."
     cut = sum(result.get("truncated", {}).values())
     if cut:
-        _say(f"{cut} training texts were longer than the model reads and were cut")
+        _say(f"{cut} training texts were too long and were cut{limit}")
     _say(f"scores on dev, {result['wall_s']:.0f} s, {result['peak_rss_mb']} MB; "
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #7a83244f
+# %% ../nbs/A9_cli.ipynb #496667b4
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -171,8 +172,37 @@ def command_train(
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
     result = train(out, *_task_job(corpus, choice), resume=resume)
     by_writer(_predict_tests, out, corpus, device)
-    by_writer(_write_card, out, corpus, result, init)
-    _ended(result, out)
+    by_writer(_add_card, out, corpus, result, init, device)
+    _ended(result, out, f" after {max_length} tokens (--max_length)")
+
+def _add_card(out, corpus, result, init, device):
+    "A model card, unless one is there; and a line for each task that stays below a floor."
+    if (out / "model" / "README.md").exists():
+        return
+    floors = _all_floors(corpus, init, device)
+    _write_card(out, corpus, result, init, floors.max())
+    for line in _below(corpus, result, floors):
+        _say(line)
+
+def _all_floors(corpus, init, device):
+    "Dev scores without training: those of any data, and the cosine of the encoder's own vectors."
+    from minbert.bert import BertModel
+    from minbert.core import pick_device
+    from minbert.data import floors
+    from minbert.heads import encoder_floor
+    table = floors(corpus)
+    bert = BertModel.from_pretrained(init).to(pick_device(device))
+    for task, score in encoder_floor(bert, corpus).items():
+        table.loc["encoder's cosine", task] = score
+    return table
+
+def _below(corpus, result, floors):
+    "A line for each task that training has not brought above its best floor."
+    for task in corpus.tasks:
+        score, best = result["dev"][task], floors[task].max()
+        if score <= best:
+            yield (f"{task}: {score:.3f} on dev does not beat {best:.3f}, which needs no training "
+                   f"({floors[task].idxmax()}); chapter 16 says what to try")
 
 def _predict_tests(out, corpus, device):
     "Answers to the test files, as test-TASK.csv in the run directory."
@@ -194,7 +224,8 @@ with seed {seed}; data {data}.
 |---|---|---|---|---|---|---|
 {lines}
 
-The floors need no model: the commonest label, and the words that two texts share.
+The floors need no training: the commonest label, the words that two texts share, and the cosine
+of the starting encoder's vectors.
 
     from minbert.heads import MultitaskBert
     MultitaskBert.from_pretrained("{name}").predict("{task}", {example})
@@ -203,15 +234,10 @@ The encoder alone opens with AutoModel.from_pretrained of transformers. What the
 they come from, and what the model should not be used for: please write it here.
 """
 
-def _write_card(out, corpus, result, init):
-    "The model card, model/README.md, with what the run knows; one that is there stays."
+def _write_card(out, corpus, result, init, best):
+    "The model card, model/README.md, with what the run knows."
     from minbert.core import write_atomic
-    from minbert.data import floors
-    card = out / "model" / "README.md"
-    if card.exists():
-        return
-    best, lines = floors(corpus).max(), []
-    task = next(iter(corpus.tasks.values()))
+    lines, task = [], next(iter(corpus.tasks.values()))
     example = '[("...", "...")]' if task.pair else '["..."]'
     for name, t in corpus.tasks.items():
         answers = ", ".join(t.labels[:6]) or f"{t.low:g} to {t.high:g}"
@@ -219,7 +245,7 @@ def _write_card(out, corpus, result, init):
         cells = [name, t.kind, answers, *counts, f"{t.metric} {result['dev'][name]:.3f}",
                  f"{best[name]:.3f}"]
         lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
-    write_atomic(card, _card.format(
+    write_atomic(out / "model" / "README.md", _card.format(
         name=out.name, init=init, steps=result["steps"], seed=result["seed"],
         data=result["data_fingerprint"], lines="\n".join(lines), task=task.name,
         example=example))
@@ -483,7 +509,7 @@ def _weigh(claim, score, results, preset):
             "differs_in": e["changed"], "made_with": e["made"],
             "independent": list(stored.unknown)}
 
-# %% ../nbs/A9_cli.ipynb #cae947b8
+# %% ../nbs/A9_cli.ipynb #987675f7
 @command
 def command_claim(
     claim:str, # two rows with > or < between, in quotation marks: "E9 > E7"
@@ -506,7 +532,7 @@ def _claim_lines(got):
     "A claim's figures in words."
     need = got["seeds_for_80_percent"]
     more = f"{need} per row" if need else "more than 100 per row, if any number"
-    yield (f"{got['row']} − {got['against']}, {got['score']}: {got['difference']:+.4f}, 95 % "
+    yield (f"{got['row']} - {got['against']}, {got['score']}: {got['difference']:+.4f}, 95 % "
            f"[{got['low']:+.4f}, {got['high']:+.4f}] over seeds and dev examples "
            "({} and {} seeds)".format(*got["seeds"]))
     yield f"verdict: {got['verdict']} (margin {got['margin']:g}); \"{got['claim']}\" {got['holds']}"
@@ -600,6 +626,53 @@ def command_bench(
         write_atomic(json, dumps(got) + "\n")
     print(*bench_summary(got), sep="\n")
 
+# %% ../nbs/A9_cli.ipynb #475077eb
+@command
+def command_tensorboard(
+    run:Param("run directories, or a folder of them, such as runs", str, opt=False, nargs="+"),
+    follow:bool=False, # go on while runs are training, until Ctrl-C
+):
+    "Write TensorBoard's event files for runs, finished or still training."
+    from minbert.core import UserError
+    places = _run_dirs(run)
+    if not places and not follow:
+        raise UserError(f"{run[0]}: no run directory, and no folder of them (no metrics.jsonl)")
+    shared = os.path.relpath(os.path.commonpath([os.path.abspath(r) for r in run]))
+    look = f"tensorboard --logdir {run[0] if len(run) == 1 else shared}"
+    if not follow:
+        _write_events(run, {}, False)
+        return _say(f"event files written: {len(places)}; see them with: {look}")
+    _say(f"following until Ctrl-C; in another terminal: {look}")
+    _follow_runs(run)
+
+def _run_dirs(paths):
+    "Run directories among these paths, or right below them."
+    found = [Path(p) for p in paths if (Path(p) / "metrics.jsonl").exists()]
+    return found + sorted(m.parent for p in paths for m in Path(p).glob("*/metrics.jsonl"))
+
+def _write_events(paths, open_files, more):
+    "Bring every run's event file up to date; it is closed where nothing more will come."
+    from minbert.runs import Events, RunDir
+    for place in _run_dirs(paths):
+        finished = (place / "result.json").exists() # asked before the metrics are read
+        events = open_files.setdefault(place, Events(RunDir(place)))
+        if events:
+            events.update()
+        if events and (finished or not more):
+            events.close()
+            open_files[place] = None
+
+def _follow_runs(paths):
+    "Every two seconds, until Ctrl-C."
+    from time import sleep
+    open_files = {}
+    try:
+        while True:
+            _write_events(paths, open_files, True)
+            sleep(2)
+    except KeyboardInterrupt:
+        return
+
 # %% ../nbs/A9_cli.ipynb #20f183b3
 def _scored(model, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
@@ -669,13 +742,14 @@ def _config(model, task):
         raise UserError(f"no head for {task!r}: this model knows {', '.join(model.configs)}")
     return model.configs[task]
 
-# %% ../nbs/A9_cli.ipynb #c3bf834a
+# %% ../nbs/A9_cli.ipynb #2078cbd3
 @command
 def command_predict(
     run:str, # run directory, or a model directory
     task:str, # a task that the model has a head for
     input:str, # table with the task's text columns, with or without labels
     output:str, # CSV to write: id and the prediction
+    probabilities:bool=False, # also a column p_LABEL for each label
     device:str="auto", # auto, cpu, cuda or mps
 ):
     "Predict every row of a file."
@@ -685,7 +759,19 @@ def command_predict(
     c = _config(model, task)
     if Path(input).resolve() == Path(output).resolve():
         raise UserError(f"{output}: input and output are the same file")
-    _write_answers(output, model, task, read_rows(input, c.task, "test"))
+    write = _write_probabilities if probabilities else _write_answers
+    write(output, model, task, read_rows(input, c.task, "test"))
+
+def _write_probabilities(output, model, task, rows):
+    "Predictions, and how probable each label is, as a table."
+    from minbert.files import write_table
+    texts = rows.texts if rows.task.pair else [text for text, in rows.texts]
+    p = model.predict(task, texts, probabilities=True)
+    answers = zip(rows.ids, rows.task.answers(p.argmax(1)), p)
+    cells = [[name, answer, *(f"{x:.6f}" for x in row)] for name, answer, row in answers]
+    header = ["id", rows.task.answer, *(f"p_{label}" for label in rows.task.labels)]
+    write_table(output, header, cells)
+    _say(f"{output}: {len(rows)} rows predicted")
 
 def _write_answers(output, model, task, rows):
     "Predict rows into a table, and say how many."
@@ -929,10 +1015,10 @@ def _demo_report(table, texts, corpus, result, out):
           "  minbert train TASKS.toml   # tasks of your own (chapter 16)\n"
           "  minbert run best           # our best row, on the real data (a quarter of an hour)")
 
-# %% ../nbs/A9_cli.ipynb #f73e9258
+# %% ../nbs/A9_cli.ipynb #1f1b270b
 def usage() -> str: # many lines
     "The program's own help: one line per command, from its docstring."
-    lines = "\n".join(f"  {name:<10} {f.__doc__}" for name, f in commands.items())
+    lines = "\n".join(f"  {name:<12}{f.__doc__}" for name, f in commands.items())
     return ("usage: minbert COMMAND [options]\n\nminBERT from numbered notebooks: how much can "
             f"three small data sets teach one small BERT?\n\ncommands:\n{lines}\n\n"
             "'minbert COMMAND --help' says what a command takes. Start with: minbert demo")
@@ -942,7 +1028,7 @@ def _parser(name):
     parser = anno_parser(commands[name], prog=f"minbert {name}")
     for action in parser._actions:
         if action.help and action.help is not SUPPRESS:
-            for empty in (" (default: )", " (default: ())"):
+            for empty in (" (default: )", " (default: ())", " (default: False)"):
                 action.help = action.help.replace(empty, "")
     return parser
 

@@ -35,6 +35,8 @@ def test_the_wheel_holds_what_the_package_needs(wheel):
         names = set(packed.namelist())
         entry = next(n for n in names if n.endswith("entry_points.txt"))
         assert "minbert = minbert.cli:main" in packed.read(entry).decode()
+        facts = packed.read(entry.replace("entry_points.txt", "METADATA")).decode()
+        assert 'Requires-Dist: tensorboard>=2.14; extra == "tensorboard"' in facts
     here = {str(p.relative_to(ROOT)) for p in (ROOT / "minbert").rglob("*") if p.is_file()}
     assert {n for n in here if not n.endswith(".pyc")} <= names
     assert not [n for n in names if n.startswith(("nbs/", "tests/"))]

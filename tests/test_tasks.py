@@ -2,15 +2,19 @@
 import csv
 import json
 import random
+import re
 import signal
 import subprocess
 
 import pytest
 
-from conftest import PROGRAM, leftovers
+from conftest import PROGRAM, ROOT, leftovers
+from minbert import files
+from minbert.bert import BertModel
 from minbert.cli import main
-from minbert.data import load_tasks
-from minbert.heads import MultitaskBert
+from minbert.data import floors, load_tasks
+from minbert.files import Task
+from minbert.heads import MultitaskBert, encoder_floor, head_for
 from minbert.runs import RunDir
 from test_kill import eager, hear_ctrl_c, kill_after, lines, same
 
@@ -112,9 +116,22 @@ def test_one_task_with_names_for_labels(topic, tmp_path, capsys):
     model = MultitaskBert.from_pretrained(out)
     assert model.predict("topic", ["the fossil of may 1 ."])[0] in TOPICS
     assert model.predict("topic", ["a", "b"], probabilities=True).shape == (2, 3)
+    assert main(["predict", str(out), "topic", str(tmp_path / "topics-dev.csv"),
+                 str(tmp_path / "p.csv"), "--probabilities"]) == 0
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as f:
+        table = list(csv.DictReader(f))
+    assert [(x["id"], x["prediction"]) for x in table] == [(x["id"], x["prediction"]) for x in answers]
+    for x in table:
+        p = {label: float(x[f"p_{label}"]) for label in TOPICS}
+        assert abs(sum(p.values()) - 1) < 1e-5 and max(p, key=p.get) == x["prediction"]
 
 
-def test_a_test_file_is_answered_and_a_card_is_written(topic, alike, tmp_path):
+def floor_scores(corpus):
+    "Task → floor → score."
+    return {t: column.dropna().to_dict() for t, column in floors(corpus).items()}
+
+
+def test_a_test_file_is_answered_and_a_card_is_written(topic, alike, tmp_path, capsys):
     "Rows without labels, as predict answers them; the card holds the scores and stays."
     write(tmp_path / "new.csv", ("title",), [(text,) for text, _ in headlines(7, 2)])
     tasks = task_file(tmp_path, topic={**topic, "test": "new.csv"}, alike=alike)
@@ -123,7 +140,14 @@ def test_a_test_file_is_answered_and_a_card_is_written(topic, alike, tmp_path):
     assert len(answers) == 7 and not (tmp_path / "run" / "test-alike.csv").exists()
     written = (tmp_path / "run" / "test-topic.csv").read_text()
     assert written == (tmp_path / "answers.csv").read_text()
+    told = capsys.readouterr().err
+    best_of = floor_scores(load_tasks(tasks))
+    best_of["alike"] |= encoder_floor(BertModel.from_pretrained("pocket"), load_tasks(tasks))
     card = tmp_path / "run" / "model" / "README.md"
+    for task, scores in best_of.items():
+        best = max(scores.values())
+        assert f"{got['dev'][task]:.3f} | {best:.3f} |" in card.read_text()
+        assert (f"{task}: " in told) == (got["dev"][task] <= best)
     assert f"accuracy {got['dev']['topic']:.3f}" in card.read_text()
     card.write_text("mine")
     (tmp_path / "run" / "test-topic.csv").unlink()
@@ -279,3 +303,16 @@ def test_a_call_that_is_wrong(topic, tmp_path, fails):
     (tmp_path / "bad.toml").write_text("title = 3\n")
     fails(r"tables called \[tasks\.NAME\]", "train", tmp_path / "bad.toml", "--out", out)
     assert not out.exists()
+
+
+def test_the_chapter_lists_every_key_and_its_default():
+    text = (ROOT / "nbs" / "16_your_tasks.ipynb").read_text(encoding="utf-8")
+    source = "".join(x for c in json.loads(text)["cells"] for x in c["source"])
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", source, re.M))
+    assert tuple(table) == files._keys
+    record = Task("a")
+    for key, told in table.items():
+        if told.startswith("`") and key != "head":          # empty there: by the kind of task
+            assert json.loads(told.strip("`")) == json.loads(json.dumps(getattr(record, key))), key
+    assert int(table["batch_size"]) == record.batch_size and head_for(
+        Task("a", "score", text=("b", "c"))).pairs == json.loads(table["head"].strip("`"))
