@@ -7,7 +7,7 @@ __all__ = ['site', 'kinds', 'Finding', 'Report', 'check_attention', 'check_bert'
            'check_pcgrad', 'check_smart', 'check_masking', 'check_rtd', 'check_gdes', 'check_resume', 'check_file',
            'check_handout']
 
-# %% ../nbs/A8_check.ipynb #5773fde4
+# %% ../nbs/A8_check.ipynb #2ad68f5b
 import inspect
 import random
 import re
@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache, partial
 from html import escape
 from itertools import combinations
@@ -1372,7 +1372,7 @@ def check_pcgrad(
     "Check PCGrad's gradient surgery."
     return _check("pcgrad", f)
 
-# %% ../nbs/A8_check.ipynb #0a1b827b
+# %% ../nbs/A8_check.ipynb #01793b6a
 class _Forward:
     "Answers as a linear function of word vectors that notes what it is asked."
     def __init__(self, classes=3, steep=1e3, drop=0.):
@@ -1454,6 +1454,77 @@ def _trains_both(penalty):
     return [float(any(out.grad is not None and bool(out.grad.any()) for _, out in calls))
             for calls in f.split()]
 
+class _Uneven(_Forward):
+    "Two strong texts and two weak ones, each of two strong tokens and a weak one."
+    def __init__(self):
+        super().__init__(classes=2)
+        g = torch.Generator().manual_seed(1)
+        self.x = 1e-4 * torch.randn(4, 3, 64, generator=g, dtype=torch.float64)
+        w = torch.rand(3, 64, 2, generator=g, dtype=torch.float64) - .5
+        w = 1e3 * (w + .5 * w.sign()) * torch.tensor([1., 1., 1e-5])[:, None, None]
+        w[..., 1] = 0
+        self.w = nn.Parameter(w.flatten(0, 1))
+        self.scale = torch.tensor([1., 1., 1e-3, 1e-3])[:, None]
+
+    def __call__(self, x):
+        "Logits (4, 2)."
+        out = self.scale * (x.flatten(1) @ self.w)
+        self.calls.append((x, out))
+        return out
+
+    def last_move(self):
+        "δ (4, 3, 64) of the last call at moved vectors; zeros if there was none."
+        moved = self.split()[1]
+        return (moved[-1][0] - self.x).detach() if moved else torch.zeros_like(self.x)
+
+def _takes(penalty):
+    "The parameters of the function that is checked."
+    return getattr(penalty, "takes", None) or _parameters(penalty)
+
+def _with_box(penalty, eps, eta):
+    "Arguments that set ε and η, where the function lets them be set."
+    takes = _takes(penalty)
+    if {"eps", "eta"} <= set(takes):
+        return {"eps": eps, "eta": eta}
+    for name, p in takes.items():
+        given = p.default
+        if is_dataclass(given) and hasattr(given, "eps") and hasattr(given, "eta"):
+            return {name: replace(given, eps=eps, eta=eta)}
+    return {}
+
+def _walls(penalty):
+    "Whether several coordinates of a token stop at one wall, and none beyond ε."
+    f, box = _Uneven(), _with_box(penalty, 1e-3, 1e-1)
+    penalty(f, f.x, **box)
+    size = f.last_move()[:2, :2].abs()                             # strong tokens only
+    wall = size.amax(-1, keepdim=True)
+    stopped = (size > wall * (1 - 1e-9)).sum(-1)                   # (text, token)
+    beyond = bool(box) and float(wall.max()) > 1e-3 * (1 + 1e-6)
+    return float(bool((stopped > 1).all()) and not beyond)
+
+def _followed(penalty):
+    "Whether a token's coordinates go where their gradient points (text by text)."
+    f = _Uneven()
+    penalty(f, f.x)
+    delta = f.last_move()
+    moved = f.split()[1]
+    if not moved:
+        return torch.zeros(12)
+    start = moved[0][0].detach().requires_grad_()
+    gap = f.scale * ((start - f.x).flatten(1) @ f.w)
+    g, = torch.autograd.grad(gap.square().sum(), start)            # the divergence's direction
+    return ((delta * g).sign().mean(-1).abs() > .5).double().flatten()
+
+def _padding_moved(penalty):
+    "Whether the move touches padding."
+    name = next((n for n in ("mask", "attention_mask") if n in _takes(penalty)), None)
+    if name is None:
+        raise _Skip("it takes no mask, so it cannot know what is padding")
+    f = _Uneven()
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])
+    penalty(f, f.x, **{name: mask})
+    return float(bool(f.last_move()[mask == 0].any()))
+
 def _no_dropout(penalty):
     "Whether the penalty is small although the model drops out."
     if getattr(penalty, "given_answer", False):
@@ -1466,20 +1537,20 @@ def _fit_smart(f):
     "A function of the model and the vectors, perhaps of the clean answer; or a class."
     answer = len(_needed(f)) > 2
     if isinstance(f, type):
-        def penalty(forward, x):
+        def penalty(forward, x, **box):
             y = forward(x)
             ell = _divergence if y.shape[-1] > 1 else F.mse_loss
-            return f(forward, ell)(x, y)
+            return f(forward, ell, **box)(x, y)
         said, answer = f"called as {f.__name__}(forward, loss)(x, answer)", True
     elif answer:
-        def penalty(forward, x):
-            return f(forward, x, forward(x))
+        def penalty(forward, x, **box):
+            return f(forward, x, forward(x), **box)
         said = "called as f(forward, x, forward(x))"
     else:
-        def penalty(forward, x):
-            return f(forward, x)
+        def penalty(forward, x, **box):
+            return f(forward, x, **box)
         said = "called as f(forward, x)"
-    penalty.given_answer = answer
+    penalty.given_answer, penalty.takes = answer, _parameters(f)
     try:
         with _seeded(0):
             model = _Forward()
@@ -1490,10 +1561,14 @@ def _fit_smart(f):
 
 kinds["smart"] = _Kind(
     "f(forward, x) or f(forward, x, answer) → penalty, where forward maps word vectors "
-    "(texts, tokens, width) to logits; or a class made for (forward, loss)",
+    "(texts, tokens, width) to logits, perhaps with eps, eta and mask; or a class made for "
+    "(forward, loss)",
     _fit_smart, (
         _Probe("the move stays small (sup-norm at most 0.01; the paper's ε is 1e-5)", _move_size,
                near=.1),
+        _Probe("the walls of the box hold the move back", _walls),
+        _Probe("a gradient is divided by the largest entry of its own text", _followed),
+        _Probe("padding stays where it is", _padding_moved),
         _Probe("the penalty is KL(P‖Q) + KL(Q‖P), averaged over the texts", _value_ratio,
                1e-3, .06),
         _Probe("the move goes up the gradient", _uphill),

@@ -604,7 +604,7 @@ def _shadow(g, other, wrong):
         return torch.zeros_like(g)
     return product / (size.sqrt() if "unsquared" in wrong else size) * other
 
-# %% ../nbs/A8b_mistakes.ipynb #d80f6e4e
+# %% ../nbs/A8b_mistakes.ipynb #ce9f5455
 _smart = "09_smart#"
 
 @makes("smart",
@@ -613,6 +613,21 @@ _smart = "09_smart#"
         _smart + "The worst small move",
         "archinetai/smart-pytorch: smart_pytorch/smart_pytorch.py; "
         "namisan/mt-dnn: mt_dnn/perturbation.py", "compared in chapter 09b"),
+    unclamped=Mistake("takes the step and never clamps it to the box",
+        "The move ends with a sup-norm of about η, a hundred times the paper's ε; clamp every "
+        "coordinate of the move to ±ε, after the step.", _smart + "The worst small move",
+        "namisan/mt-dnn: mt_dnn/perturbation.py at 0d6201e"),
+    by_token=Mistake("divides each token's gradient by its own largest entry",
+        "The norm is that of one text, over all its tokens. Token by token, a word that hardly "
+        "matters moves as far as the one that decides.", _smart + "The worst small move",
+        "archinetai/smart-pytorch: smart_pytorch/smart_pytorch.py; "
+        "namisan/mt-dnn: mt_dnn/perturbation.py at 0d6201e"),
+    by_batch=Mistake("divides all gradients by the largest entry of the batch",
+        "Then a text's move depends on the other rows; take the norm over its own tokens.",
+        _smart + "The worst small move"),
+    moved_padding=Mistake("moves padding, too",
+        "Padding is no part of a text; multiply the move by the mask.",
+        _smart + "The worst small move"),
     no_ascent=Mistake("takes the noise as it is, without a gradient step",
         "The move has to be the worst one, not a random one.", _smart + "The worst small move",
         "ramvenkat98/methods-to-improve-downstream-generalization-of-minbert: perturbation.py, "
@@ -646,15 +661,17 @@ _smart = "09_smart#"
         "The penalty must train the answer at the moved words.", _smart + "The penalty"),
     dropout=Mistake("measures dropout",
         "Both passes need the same dropout mask (or evaluation mode), or the penalty is mostly "
-        "the noise of dropout.", _smart + "Asking the model again"))
+        "the noise of dropout.", _smart + "The penalty"))
 def make_smart(
     *wrong, # switches
 ) -> Callable: # (forward, x) → penalty
     "The smoothness penalty with the paper's settings."
-    def penalty(forward, x):
+    def penalty(forward, x, eps=1e-5, eta=1e-3, mask=None):
         ask = forward if "dropout" in wrong else _repeated(forward)
         y = ask(x)
-        delta = _move(ask, x.detach(), y.detach(), wrong)
+        delta = _move(ask, x.detach(), y.detach(), wrong, eps, eta)
+        if mask is not None and "moved padding" not in wrong:
+            delta = delta * mask[..., None]
         y = y.detach() if "frozen target" in wrong else y
         moved = ask(x + delta)
         return _distance(moved.detach() if "frozen move" in wrong else moved, y, wrong)
@@ -668,7 +685,7 @@ def _repeated(forward):
         return forward(x)
     return ask
 
-def _move(ask, x, y, wrong, eps=1e-5, eta=1e-3):
+def _move(ask, x, y, wrong, eps, eta):
     "The worst small move."
     delta = torch.zeros_like(x) if "clean start" in wrong else eps * torch.randn_like(x)
     if "no ascent" in wrong:
@@ -684,8 +701,10 @@ def _move(ask, x, y, wrong, eps=1e-5, eta=1e-3):
     if "unprojected" in wrong:
         step = delta.detach() + eta * g
         return step / step.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    size = g.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
-    return (delta.detach() + eta * g / size).clamp(-eps, eps)
+    over = (-1,) if "by token" in wrong else (0, 1, 2) if "by batch" in wrong else (1, 2)
+    size = g.abs().amax(over, keepdim=True).clamp(min=1e-300)
+    step = delta.detach() + eta * g / size
+    return step if "unclamped" in wrong else step.clamp(-eps, eps)
 
 def _distance(a, b, wrong):
     "ℓ_s by the shape of the answers."
