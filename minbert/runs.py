@@ -535,7 +535,8 @@ class _Session:
         if rank(): # the others only compute
             for name, state in states.items():
                 _put_back(self._parts()[name], state)
-            deque(self._loop(), maxlen=0)
+            with _asked_to_stop(): # the writer stops them all, between two steps
+                deque(self._loop(), maxlen=0)
             return
         c, recent = self.config, {}
         looks = c.looks(self.data.per)

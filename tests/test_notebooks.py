@@ -147,6 +147,17 @@ def test_every_figure_has_its_words(path):
     assert not bare, "\n".join([path.name, *bare])
 
 
+@each
+def test_folded_cells_say_what_they_hold(path):
+    "A first line in plain words: on the site to click on, in JupyterLab to read before the code."
+    dumb = []
+    for i, c in code_cells(path):
+        words = re.search(r'^#\|\s*(code-summary|fig-cap|tbl-cap): *\S', source(c), re.M)
+        if re.search(r"^#\|\s*code-fold: *true", source(c), re.M) and not words:
+            dumb.append(f"cell {i}: {source(c)[:80]!r}")
+    assert not dumb, "\n".join([path.name, *dumb])
+
+
 def differences(a, b, pattern):
     "Names of files that are not the same in both folders."
     names = {p.name for p in [*a.glob(pattern), *b.glob(pattern)]}
