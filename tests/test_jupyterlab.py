@@ -96,7 +96,7 @@ def open_notebook(page, address):
     page.goto(address, wait_until="domcontentloaded")
     panel = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
     panel.locator(".jp-Cell").first.wait_for()
-    panel.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    page.locator(".jp-StatusBar-TextItem", has_text="| Idle").wait_for() # the kernel answers
     return panel
 
 
