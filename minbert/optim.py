@@ -6,10 +6,11 @@
 __all__ = ['forms', 'schedules', 'Hypers', 'handout_step', 'paper_step', 'check_hypers', 'AdamW', 'decay_groups', 'state_tensors',
            'load_state_tensors', 'constant', 'linear', 'cosine', 'set_lr']
 
-# %% ../nbs/03_adamw.ipynb #4fa836f0
+# %% ../nbs/03_adamw.ipynb #15d49bfd
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def _update_moments(m, v, g, betas):
     m.mul_(beta1).add_(g, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
-# %% ../nbs/03_adamw.ipynb #88baf51b
+# %% ../nbs/03_adamw.ipynb #85e76621
 def paper_step(
     theta:Tensor, # weights, changed in place
     g:Tensor, # gradient, same shape as all tensors here
@@ -58,7 +59,7 @@ def paper_step(
     t:int, # number of this step, from 1
     h:Hypers, # learning rate and the rest
 ):
-    "One AdamW step as in Loshchilov & Hutter and in PyTorch: decay, then ε added to √v̂."
+    "One AdamW step as in PyTorch: decay by αλ, then ε added to √v̂."
     beta1, beta2 = h.betas
     _update_moments(m, v, g, h.betas)
     c1, c2 = (1 - beta1**t, 1 - beta2**t) if h.correct_bias else (1, 1)
@@ -183,13 +184,13 @@ def state_tensors(
         flat |= {f"{i}.{name}": x for name, x in state.items()}
     return flat
 
-# %% ../nbs/03_adamw.ipynb #e6b14075
+# %% ../nbs/03_adamw.ipynb #ac197d95
 def load_state_tensors(
     optimizer:torch.optim.Optimizer, # made for the same parameters in the same order
     tensors:dict[str, Tensor], # from state_tensors
 ):
     "Put saved state back, as copies."
-    params = sum((group["params"] for group in optimizer.param_groups), [])
+    params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
     state = defaultdict(dict)
     for key, x in tensors.items():
         i, name = key.split(".", 1)
@@ -200,9 +201,9 @@ def load_state_tensors(
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
-# %% ../nbs/03_adamw.ipynb #e3b6f38b
+# %% ../nbs/03_adamw.ipynb #ee4a0f74
 def constant(
-    total:int=1, # steps of the whole run; of no account without warm-up
+    total:int=1, # steps of the whole run; ignored without warm-up
     warmup:int=0, # of these, steps of warm-up
 ) -> Callable[[int], float]: # step → multiplier
     "Rise to 1, then stay there."
