@@ -81,10 +81,15 @@ def steps(path, tag="loss/a"):
         return []
 
 
+def hear():
+    "Listen to Ctrl-C, which a job in the background ignores."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_following(my_run, tmp_path):
     "New lines, a second run, a run that was rewound; Ctrl-C is the way out."
     call = [sys.executable, "-c", PROGRAM, "tensorboard", str(tmp_path / "runs"), "--follow"]
-    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True) as p:
+    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as p:
         try:
             wait_for(lambda: steps(my_run.path) == [1, 2])
             my_run.log(step=3, loss_a=.3)
@@ -100,7 +105,10 @@ def test_following(my_run, tmp_path):
             assert p.poll() is None
         finally:
             p.send_signal(signal.SIGINT)
-        said = p.communicate(timeout=30)[1]
+        try:
+            said = p.communicate(timeout=60)[1]
+        finally:
+            p.kill()
     assert p.returncode == 0 and "Traceback" not in said, said
     assert "following until Ctrl-C" in said and len(said.splitlines()) == 1
     assert events(my_run.path)[0]["loss/a"][-1][1] == pytest.approx(.4)
