@@ -136,7 +136,7 @@ def test_a_very_long_text_is_cut_and_counted(my_data, tmp_path, capsys):
     path.write_text(path.read_text() + "999\tlong\t" + "dull " * 10_000 + "\t1\n")
     assert main(["run", "S1", *quick, "--data", str(my_data), "--out", str(out)]) == 0
     printed, err = capsys.readouterr()
-    assert any(x.startswith("1 training texts were longer") for x in plain(err)), err
+    assert any(x.startswith("1 training texts were too long and were cut") for x in plain(err)), err
     assert json.loads((out / "result.json").read_text())["truncated"]["sst"] == 1
     assert json.loads(printed)["sst"] >= 0
     table = tmp_path / "long.csv"
