@@ -5,11 +5,13 @@ import subprocess
 import sys
 import zipfile
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import ROOT, run
 from minbert.cli import main
+from minbert.results import verdict_words
 
 STORED = [json.loads(p.read_text()) for p in sorted((ROOT / "nbs/results").glob("*-cpu-s*.json"))]
 
@@ -74,3 +76,9 @@ def test_an_installed_wheel_knows_the_runs(checkout, tmp_path):
     assert got.stdout == here.stdout and re.search(r"verdict: \w+", got.stdout)
     table = run(sys.executable, "-P", "-c", start, "table", cwd=empty, **alone)
     assert table.returncode == 0 and "| E9" in table.stdout, table.stderr
+
+
+def test_a_verdict_that_does_not_survive_the_correction_says_so():
+    line = {"score": "overall", "verdict": "better", "ours": .008}
+    words = [verdict_words(SimpleNamespace(**line, **more)) for more in ({}, {"holm": .01}, {"holm": .2})]
+    assert words == ["better by 0.008", "better by 0.008", "better by 0.008, not after Holm"]
