@@ -274,16 +274,17 @@ def fit_together(
     for step, _ in fit(model, group.split(steps), optimizer, total, [group], start, seed):
         yield step, group.values()
 
-# %% ../nbs/A5b_processes.ipynb #3342e3f4
+# %% ../nbs/A5b_processes.ipynb #29505e66
 @contextmanager
 def joined() -> Iterator[None]:
     "Inside, this process works with those that torchrun started beside it, if it did."
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group(timeout=timedelta(hours=12))
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    dist.init_process_group("gloo" if gpus < here else None, timeout=timedelta(hours=12))
     try:
         with _silence() if rank() else nullcontext():
             yield

@@ -115,10 +115,13 @@ real_autocast, real_tensor = torch.autocast, torch.tensor
 
 @pytest.fixture
 def away(monkeypatch):
-    "The other device, for the length of a test."
+    "The other device, for the length of a test: a GPU where there is one."
+    monkeypatch.setenv("MINBERT_PRECISION", "fp32")
+    if torch.cuda.is_available():
+        yield torch.device("cuda:0")
+        return
     for name, ours in (("Generator", Generator), ("autocast", autocast), ("tensor", tensor)):
         monkeypatch.setattr(torch, name, ours)
-    monkeypatch.setenv("MINBERT_PRECISION", "fp32")
     with Elsewhere():
         yield AWAY
     there.clear()

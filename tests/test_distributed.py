@@ -19,7 +19,7 @@ from torch import nn
 from conftest import PROGRAM
 from minbert.bert import pocket_bert
 from minbert.conflicts import Atlas
-from minbert.core import Plug, UserError
+from minbert.core import Plug, UserError, pick_device
 from minbert.data import load_tasks
 from minbert.electra import ClipParts, pretraining
 from minbert.fast import install, make_optimizer
@@ -39,6 +39,7 @@ NAMES = ("a", "b", "c")
 def member(rank, n, port, f, args):
     "One of n processes."
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                      LOCAL_WORLD_SIZE=str(n),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["MINBERT_PRECISION"] = "fp32"
     torch.set_num_threads(1)
@@ -165,13 +166,14 @@ def fine_tuning(mixing, plugs=(), pairs="concat", dropout=0., rows=43):
     model, splits = build(pocket_bert(), corpus, heads, 40)
     set_dropout(model, dropout)
     sizes = {"sst": 7, "para": 5, "sts": 4 if pairs == "cosine" else 2}
-    return model, TaskData(splits, mixing, sizes, eval_rows=40), plugs
+    return model.to(pick_device()), TaskData(splits, mixing, sizes, eval_rows=40), plugs
 
 
 def reading(kind, dropout=0.):
     "Texts of the same tasks."
     much = replace(reading_presets["pocket"], dropout=dropout, batch_size=5)
-    model, data, _ = pretraining(pocket_bert(), load_tasks("pocket").limit(60), kind, "es", much)
+    bert = pocket_bert().to(pick_device())
+    model, data, _ = pretraining(bert, load_tasks("pocket").limit(60), kind, "es", much)
     return model, data, (ClipParts(),) if kind == "rtd" else ()
 
 
