@@ -1,4 +1,4 @@
-"""The front page's four pictures: a figure of each of four chapters, small. `python .ci/thumbs.py` makes them anew after a chapter's figure has changed."""
+"""The front page's pictures: a figure of each of six chapters, small. `python .ci/thumbs.py` makes them anew after a chapter's figure has changed."""
 import base64
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 nbs = Path(__file__).resolve().parent.parent / "nbs"
-chapters = {"02_bert": 0, "07_pcgrad": 0, "09_smart": 0, "11_electra": 1}        # which of its stored figures
+chapters = {"02_bert": 0, "04_heads": 0, "07_pcgrad": 0, "08_conflicts": 0, "09_smart": 0, "11_electra": 1} # which of its stored figures
 size = (400, 240)
 
 

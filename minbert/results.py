@@ -154,7 +154,14 @@ def _read_covariances(results, runs):
             unknown.add(names[i].rsplit(" ", 1)[0])
     return out, tuple(sorted(unknown))
 
-# %% ../nbs/A6b_results.ipynb #3366c04a
+# %% ../nbs/A6b_results.ipynb #f66e688d
+def _family(row):
+    "What the rows that share a seed noise have in common; nothing for a row made of others."
+    r = recipes.get(row)
+    return r and (row[0] == "S", r.pairs, r.features if r.pairs == "separate" else "",
+                  tuple(sorted(r.trains)), r.freeze)
+
+# %% ../nbs/A6b_results.ipynb #0d1eda9c
 @dataclass(frozen=True)
 class Collection:
     "Stored runs, with the example noise of every comparison that they allow."
@@ -169,9 +176,9 @@ class Collection:
     def noise(self, score, rows):
         "Seed noise of the family of these rows; of the noisier one if there are two."
         found = []
-        for family in {row[0] == "S" for row in rows}:
+        for family in filter(None, {_family(row) for row in rows}):
             mine = [i for i, r in enumerate(self.runs)
-                    if (r["row"][0] == "S") == family and score in r["dev"] and "parts" not in r]
+                    if _family(r["row"]) == family and score in r["dev"]]
             if mine:
                 scores = np.array([self.runs[i]["dev"][score] for i in mine])
                 names = [self.runs[i]["row"] for i in mine]
@@ -393,7 +400,7 @@ def _ingredients(row):
     methods = {type(p).__name__: p for p in r["plugs"]}
     return {**{k: v for k, v in r.items() if k not in ("row", "note", "plugs")}, **methods}
 
-# %% ../nbs/A6b_results.ipynb #9831fda5
+# %% ../nbs/A6b_results.ipynb #04cf45f7
 def weigh_evidence(
     stored:Collection, # from `collect`
     row:str, # a row, or an effect of a factorial design
@@ -436,7 +443,8 @@ def _made(stored, row, against, score):
     ways = set()
     for r in (stored.runs[i] for x in rows for i in stored.having(x, score)):
         code = "early code" if r["commit"] in _early_code else "later code"
-        ways.add(f"present code, {r['precision']}" if "precision" in r else code)
+        where = "GPU" if r.get("device") == "cuda" else ""
+        ways.add(f"present code, {where or r['precision']}" if "precision" in r else code)
     return " / ".join(sorted(ways)) if len(ways) > 1 else ""
 
 # %% ../nbs/A6b_results.ipynb #15212476
@@ -484,19 +492,19 @@ def _answer(e):
         return {"better": True, "worse": False}.get(over)
     return {"better": True, "worse": False, "equal": False}.get(e.verdict)
 
-# %% ../nbs/A6b_results.ipynb #f2bbdef0
+# %% ../nbs/A6b_results.ipynb #2d937d93
 _headline = (
     ("a pair read together", "E9", "E3", "pairs"),
     ("cosine trained on the score", "E7", "E3", "pairs"),
     ("read together, over that cosine", "E9", "E7", "pairs"),
     ("one model, not three", "E9", three_models, "tasks"),
-    ("surgery", "E11", "C1", "method"),
-    ("surgery", "surgery", "S3…S10", "method"),
+    ("surgery, read together", "E11", "C1", "method"),
+    ("surgery, read apart", "surgery", "S3…S10", "method"),
     ("SMART, λ 2", "E14", "E11", "method"),
     ("SMART, λ 5", "SMART", "S3…S10", "method"),
     ("reversed STS pairs", "reversed STS", "S3…S10", "method"),
-    ("MLM before", "E12", "E11", "method"),
-    ("RTD + GDES before", "E13", "E11", "method"),
+    ("pretrained further, MLM", "E12", "E11", "method"),
+    ("pretrained further, RTD + GDES", "E13", "E11", "method"),
     ("cosine annealing", "C2", "E11", "method"),
     ("16:1 batches, equal examples", "C3", "E11", "budget"),
     ("16:1 batches, six times as many", "C4", "C2", "budget"))
@@ -533,43 +541,47 @@ def verdict_words(
     lost = ", not after Holm" if getattr(line, "holm", 0) > .05 else ""
     return f"{line.verdict} by {abs(line.ours):.3f}{small or lost}"
 
-# %% ../nbs/A6b_results.ipynb #e4825800
+# %% ../nbs/A6b_results.ipynb #95a6f2b2
 def plot_forest(
     lines:pd.DataFrame, # from `headline`
-    ax=None, # where to draw; default: a figure of its own
-): # the axes
+): # the axes: all of it, and the middle magnified
     "Named contrasts with our interval, the report's diamond, the margin and the verdict."
     import matplotlib.pyplot as plt
-    if ax is None:
-        _, ax = plt.subplots(figsize=(7.5, .34 * len(lines) + 1.2))
-    margin = margins[lines.score.iloc[0]]
-    ax.axvspan(-margin, margin, color="#dddddd", zorder=0, lw=0)
-    ax.axvline(0, color="#555555", lw=1, zorder=1)
-    colors = {"better": palette[0], "worse": palette[4], "equal": "#333333"}
+    margin, score = margins[lines.score.iloc[0]], score_names[lines.score.iloc[0]]
+    fig, (ax, near) = plt.subplots(1, 2, sharey=True, figsize=(7.5, .32 * len(lines) + 1.4),
+                                   layout="constrained")
+    for panel in (ax, near):
+        panel.axvspan(-margin, margin, color="#dddddd", zorder=0, lw=0)
+        panel.axvline(0, color="#555555", lw=1, zorder=1)
+        panel.grid(axis="y", visible=False)
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+.2f}".replace("0.", ".") if x else "0")
+        for y, e in enumerate(lines.itertuples()):
+            _draw_contrast(panel, y, e)
     for y, e in enumerate(lines.itertuples()):
-        color = colors.get(e.verdict, "#777777")
-        if not np.isnan(e.ours):
-            ax.plot([e.low, e.high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
-            ax.plot(e.ours, y, "o", ms=6, color=color, gid="ours")
-        if not np.isnan(e.report):
-            ax.plot(e.report, y, "D", ms=6, mfc="none", mec="#333333", gid="report")
-        ax.annotate(verdict_words(e), (1.02, y), xycoords=("axes fraction", "data"),
-                    va="center", fontsize=9, color=color)
-    ax.set_xscale("symlog", linthresh=.02, linscale=1.4)
-    ticks = (-.3, -.1, -.03, -.01, 0, .01, .03, .1, .3)
+        near.annotate(verdict_words(e), (1.03, y), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=9, color=_color(e))
     low, high = np.nanmin([lines.low, lines.report]), np.nanmax([lines.high, lines.report])
-    shown = [x for x in ticks if 1.3 * low <= x <= 1.2 * high]
-    ax.set_xticks(shown, [f"{x:+g}".replace("0.", ".") if x else "0" for x in shown])
     ax.set_yticks(range(len(lines)), lines.name)
-    ax.grid(axis="y", visible=False)
-    ax.set_title("● ours, 95 %    ◇ the report's figures    grey: counts as none", fontsize=9,
-                 fontweight="normal")
-    ax.set(ylim=(len(lines) - .4, -.6), xlim=(1.15 * min(low, -.01), 1.3 * max(high, .01)),
-           xlabel=f"difference of the {score_names[lines.score.iloc[0]]} dev score "
-                  "(linear to ±.02, then logarithmic)")
-    return ax
+    ax.set(ylim=(len(lines) - .4, -.6), xlim=(1.1 * min(low, -.01), 1.06 * max(high, .01)))
+    near.set(xlim=(-4 * margin, 4 * margin), title="the middle, magnified")
+    near.title.set(fontsize=9, fontweight="normal")
+    fig.supxlabel(f"difference of the {score} dev score\n● ours, 95 %   ◇ the report's   "
+                  "grey: counts as none   open: cannot say", fontsize=9)
+    return ax, near
 
-# %% ../nbs/A6b_results.ipynb #996f0d18
+def _color(e):
+    "Of a contrast, by its verdict."
+    return {"better": palette[0], "worse": palette[4]}.get(e.verdict, "#333333")
+
+def _draw_contrast(ax, y, e):
+    "One line of the forest."
+    if not np.isnan(e.ours):
+        ax.plot([e.low, e.high], [y, y], color=_color(e), lw=2.5, solid_capstyle="butt")
+        ax.plot(e.ours, y, "o", ms=6, color=_color(e), gid="ours")
+    if not np.isnan(e.report):
+        ax.plot(e.report, y, "D", ms=6, mfc="none", mec="#333333", gid="report")
+
+# %% ../nbs/A6b_results.ipynb #1d7e8abd
 def report_table(
     results:str|Path|None=None, # where runs are kept; default: what comes with the project
     preset:str="cpu", # whose runs
@@ -587,9 +599,9 @@ def _table_line(row, runs):
     said = {f"{t} (report)": "" if x is None else f"{x:.3f}" for t, x in zip(main_tasks, theirs)}
     dev = pd.DataFrame([r["dev"] for r in runs], columns=[*main_tasks, "overall", "overall_raw"])
     ours = {k: spread(dev[k]) for k in dev}
-    minutes = [r["minutes"] for r in runs]
+    minutes = [r["minutes"] for r in runs if r.get("device", "cpu") == "cpu"] # of one core
     peak = max((r["peak_rss_mb"] for r in runs), default=0)
     precision = sorted({r.get("precision", "not recorded") for r in runs})
     return {"what": recipes[row].title, **said, **ours, "seeds": len(runs),
-            "precision": ", ".join(precision), "minutes": f"{min(minutes):.1f}" if runs else "",
+            "precision": ", ".join(precision), "minutes": f"{min(minutes):.1f}" if minutes else "",
             "memory, MB": f"{peak:.0f}" if runs else ""}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from conftest import PROGRAM
@@ -169,11 +170,11 @@ def fine_tuning(mixing, plugs=(), pairs="concat", dropout=0., rows=43):
     return model.to(pick_device()), TaskData(splits, mixing, sizes, eval_rows=40), plugs
 
 
-def reading(kind, dropout=0.):
+def reading(kind, dropout=0., sharing="es"):
     "Texts of the same tasks."
     much = replace(reading_presets["pocket"], dropout=dropout, batch_size=5)
     bert = pocket_bert().to(pick_device())
-    model, data, _ = pretraining(bert, load_tasks("pocket").limit(60), kind, "es", much)
+    model, data, _ = pretraining(bert, load_tasks("pocket").limit(60), kind, sharing, much)
     return model, data, (ClipParts(),) if kind == "rtd" else ()
 
 
@@ -293,7 +294,7 @@ class OneByOne(Plug):
 
 # 45 rows: one after another, the parts then bring the tasks in the order of the whole step
 DRAWN = {"smart": partial(fine_tuning, summed, (Smart(lam=1.), Surgery()), dropout=.1, rows=45),
-         "replaced tokens": partial(reading, "rtd", .1)}
+         **{f"replaced tokens, {s}": partial(reading, "rtd", .1, s) for s in ("es", "nes", "gdes")}}
 
 
 def drawn(name, n=0):
@@ -318,7 +319,8 @@ def save_drawn(folder, name):
     torch.save(drawn(name), folder / f"{dist_rank()}.pt")
 
 
-@pytest.mark.parametrize("n, name", [(2, "replaced tokens"), (3, "smart")])
+@pytest.mark.parametrize("n, name", [(2, "replaced tokens, es"), (2, "replaced tokens, nes"),
+                                     (2, "replaced tokens, gdes"), (3, "smart")])
 def test_with_draws_each_process_has_its_own(n, name, tmp_path, monkeypatch):
     monkeypatch.setenv("MINBERT_PRECISION", "fp32")
     assert together(n, save_drawn, tmp_path, name) == [0] * n
@@ -352,14 +354,31 @@ def ours(err):
 ROW = ["run", "S5", "--preset", "pocket", "--data", "pocket", "--limit", "60", "--out", "S5"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into /proc")
-def test_a_killed_process_ends_the_others(tmp_path):
+def training(tmp_path):
+    "The program in two processes that have taken some steps."
     started = torchrun(2, *ROW, cwd=tmp_path)
     metrics = tmp_path / "S5/metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert started.poll() is None and time.monotonic() < deadline, started.communicate()
         time.sleep(.05)
+    return started
+
+
+def goes_on(tmp_path):
+    "Resumed, it ends with every step taken once: one process writes."
+    again = torchrun(2, *ROW, "--resume", cwd=tmp_path)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    result = json.loads((tmp_path / "S5/result.json").read_text())
+    assert json.loads(out) == result["dev"] and result["processes"] == 2
+    steps = [x["step"] for x in RunDir(tmp_path / "S5").lines() if "loss_sst" in x]
+    assert steps == [*range(1, result["steps"] + 1)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into /proc")
+def test_a_killed_process_ends_the_others(tmp_path):
+    started = training(tmp_path)
     os.kill(child(started.pid, 1), signal.SIGKILL)
     killed = time.monotonic()
     out, err = started.communicate(timeout=120)
@@ -367,11 +386,17 @@ def test_a_killed_process_ends_the_others(tmp_path):
     assert out == "" and len(ours(err)) == 1, err
     assert "another process of this run has ended" in ours(err)[0] and "--resume" in err
     assert not any("minbert/" in x for x in err.splitlines() if x.startswith("  File")), err
+    goes_on(tmp_path)
 
-    again = torchrun(2, *ROW, "--resume", cwd=tmp_path)
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
-    result = json.loads((tmp_path / "S5/result.json").read_text())
-    assert json.loads(out) == result["dev"] and result["processes"] == 2
-    steps = [x["step"] for x in RunDir(tmp_path / "S5").lines() if "loss_sst" in x]
-    assert steps == [*range(1, result["steps"] + 1)] # nothing twice: one writer
+
+def test_a_signal_ends_all_after_their_step(tmp_path):
+    "One line says how to go on; the state is that of the last step that was written."
+    started = training(tmp_path)
+    started.terminate()
+    out, err = started.communicate(timeout=120)
+    assert started.returncode and len(ours(err)) == 1, err
+    assert "stopped; go on with" in ours(err)[0] and "--resume" in ours(err)[0]
+    with safe_open(tmp_path / "S5/state/last.safetensors", "pt") as f:
+        saved = int(f.metadata()["step"])
+    assert saved == max(x["step"] for x in RunDir(tmp_path / "S5").lines())
+    goes_on(tmp_path)

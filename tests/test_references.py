@@ -48,3 +48,11 @@ def test_every_term_names_its_chapter():
     parts = re.split(r"^## (.+)$", markdown(ROOT/"nbs/glossary.ipynb"), flags=re.M)[1:]
     bare = [term for term, text in zip(parts[::2], parts[1::2]) if not re.search(r"\]\(\w+\.ipynb\)", text)]
     assert not bare, bare
+
+
+def test_every_promise_names_a_test_that_is_there():
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT/"nbs/promises.ipynb").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    gone = [f"{file}::{name}" for file, name in named if not (ROOT/"tests"/file).is_file() or (
+        name and f"def {name}(" not in (ROOT/"tests"/file).read_text(encoding="utf-8"))]
+    assert not gone, gone
