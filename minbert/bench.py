@@ -636,7 +636,7 @@ def _quality(corpus, rounds, device, examples=9600, rows=3000):
             out.append({"loop": name, "seed": seed, **train(work, examples // 32)})
     return out
 
-# %% ../nbs/A7_bench.ipynb #22d0f97b
+# %% ../nbs/A7_bench.ipynb #54428308
 def _train(corpus, rounds, device):
     "The four loops in turn, at both batch sizes, and the ceiling beside them."
     works = {"equal": Workload.equal(corpus, device=device),
@@ -652,7 +652,12 @@ parts = { # part → what measures it, and about how many minutes that takes
     "memory": (_memory, 2), "startup": (_startup, 1), "compile": (_compile, 2),
     "breakdown": (_breakdown, 1), "growth": (_growth, 2), "quality": (_quality, 24)}
 
-# %% ../nbs/A7_bench.ipynb #1240bf2f
+def _minutes(name, rounds=12, gflops=165.):
+    "About how many minutes a part takes on a machine with such a ceiling in fp32."
+    share = (rounds + 1) / 13 if name == "train" else 1.    # the first round does not count
+    return parts[name][1] * share * 165 / gflops
+
+# %% ../nbs/A7_bench.ipynb #4dbd31d8
 def bench(
     corpus:Corpus, # from `load_tasks`
     names:list[str]=tuple(parts), # parts to run
@@ -666,13 +671,13 @@ def bench(
     out = {**environment(place), "cores": os.cpu_count(), "bf16": has_bf16(place),
            "data_fingerprint": corpus.fingerprint,
            "encoder_weights": sum(p.numel() for p in encoder.parameters()), "seconds": {}}
-    minutes = sum(parts[name][1] for name in names)
-    say(f"about {minutes} minutes on two cores")
+    gflops = ceiling(torch.float32, str(place))
+    minutes = {name: _minutes(name, rounds, gflops) for name in names}
+    say(f"about {sum(minutes.values()):.0f} minutes in all")
     for name in names:
-        measure, minutes = parts[name]
-        say(f"{name}: about {minutes} min")
+        say(f"{name}: about {minutes[name]:.0f} min")
         start = time.perf_counter()
-        out[name] = measure(corpus, rounds, str(place))
+        out[name] = parts[name][0](corpus, rounds, str(place))
         out["seconds"][name] = round(time.perf_counter() - start, 1)
     return out
 

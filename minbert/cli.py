@@ -599,12 +599,13 @@ def _beside_lines(got):
         yield ("note: a right run falls outside in one score of twenty; what differs in what was "
                "asked comes first as a reason")
 
-# %% ../nbs/A9_cli.ipynb #93d8b444
+# %% ../nbs/A9_cli.ipynb #02354ba2
 @command
 def command_bench(
     json:str="", # also store every measurement in this file
     parts:str="train,evaluation,memory,startup", # what to measure, with commas between; or all
     rounds:int=12, # of the training loops
+    quick:bool=False, # three rounds of the training loops alone
     data:str="auto", # data directory; auto: see 'minbert data'
     device:str="auto", # auto, cpu, cuda or mps
 ):
@@ -616,6 +617,8 @@ def command_bench(
     from minbert.core import UserError, pick_device, write_atomic
     from minbert.data import load_tasks
     names = list(known) if parts == "all" else parts.split(",")
+    if quick:
+        names, rounds = ["train"], 3
     strange = [n for n in names if n not in known]
     if strange:
         raise UserError(f"no part {strange[0]!r}; there are {', '.join(known)}")
