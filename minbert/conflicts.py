@@ -60,9 +60,7 @@ def bootstrap_gramians(
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     return expected_gramian(G, tasks, counts)
 
-# %% ../nbs/08_conflicts.ipynb #eb524173
-#| code-fold: true
-#| code-summary: "gradient: a gradient that leaves the parameters' grad alone"
+# %% ../nbs/08_conflicts.ipynb #c6b63009
 def gradient(
     value:Tensor, # a scalar
     params:list[nn.Parameter], # θ
@@ -72,9 +70,7 @@ def gradient(
     options = {"allow_unused": True, "materialize_grads": True, **options}
     return list(torch.autograd.grad(value, params, **options))
 
-# %% ../nbs/08_conflicts.ipynb #3e571513
-#| code-fold: true
-#| code-summary: "layer_groups: which parameters belong together"
+# %% ../nbs/08_conflicts.ipynb #2bdf838b
 def layer_groups(
     names:Iterable[str], # of the parameters
 ) -> dict[str, list[int]]: # "embeddings", "layer 0", …, "rest" → positions in the list
@@ -139,9 +135,7 @@ def diagnose(
     xi = (1 - cos**2) * (a + b - 2 * d) / both if both > 0 else float("inf")
     return {"cos": cos, "phi": 2 * (a * b)**.5 / (a + b), "xi": xi}
 
-# %% ../nbs/08_conflicts.ipynb #490347ef
-#| code-fold: true
-#| code-summary: "moved: stand somewhere else for a while"
+# %% ../nbs/08_conflicts.ipynb #e8ad66fa
 @contextmanager
 def moved(
     params:list[nn.Parameter], # θ
@@ -181,9 +175,7 @@ def _dot(a, b):
     "Inner product of two lists of tensors, added up in double precision."
     return sum(float((x.cpu().double() * y.cpu().double()).sum()) for x, y in zip(a, b))
 
-# %% ../nbs/08_conflicts.ipynb #d3e631de
-#| code-fold: true
-#| code-summary: "curvature_hessian: the definition, to check the others"
+# %% ../nbs/08_conflicts.ipynb #b59dc4b1
 def curvature_hessian(
     loss:Callable[[], Tensor], # L at the parameters as they stand
     params:list[nn.Parameter], # θ
@@ -199,9 +191,7 @@ def curvature_hessian(
             total += _dot(gradient(along, params), step) / points
     return total / _dot(step, step)
 
-# %% ../nbs/08_conflicts.ipynb #797a9836
-#| code-fold: true
-#| code-summary: "measure: losses, Gramians and curvatures at the present weights"
+# %% ../nbs/08_conflicts.ipynb #8cbae1f2
 def measure(
     model, # with loss(task, batch, model(task, batch)) and shared()
     batches:list[tuple[str, object]], # (task, batch) of one step; a task's batches count as one
@@ -303,9 +293,7 @@ class Atlas:
         "The live plug."
         return AtlasPlug(model, self.every, self.radius)
 
-# %% ../nbs/08_conflicts.ipynb #89739f9a
-#| code-fold: true
-#| code-summary: "read_looks: the looks in a run's log"
+# %% ../nbs/08_conflicts.ipynb #d636c473
 def read_looks(
     path:str|Path, # a run directory, its metrics.jsonl, or a log with a look on each line (.gz too)
 ) -> list[dict]: # one entry a look, its Gramians as (T, T) tensors, and their sum as "all"
@@ -332,9 +320,7 @@ def _square(lower, T):
     G[i, j] = G[j, i] = torch.tensor(lower, dtype=torch.float64)
     return G
 
-# %% ../nbs/08_conflicts.ipynb #579e94f5
-#| code-fold: true
-#| code-summary: "atlas_table: one row per look, layer group and pair"
+# %% ../nbs/08_conflicts.ipynb #3be80774
 def atlas_table(
     looks:list[dict], # from read_looks
 ) -> pd.DataFrame: # step, group, pair, cos, phi, xi, ratio ‖g_i‖/‖g_j‖, curvature H/‖g‖² (of "all")
