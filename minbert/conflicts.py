@@ -26,20 +26,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .core import Plug, UserError, autocast, evaluating, random_state, replayed
 from .pcgrad import gramian
 
-# %% ../nbs/08_conflicts.ipynb #0f26bcd1
+# %% ../nbs/08_conflicts.ipynb #90020501
 def expected_gramian(
     G:Tensor, # (N, N) Gramian of single batches' gradients
     tasks:list[str], # whose batch each of the N is
-    counts:Tensor|None=None, # (N,) how often each batch counts; default: once
-) -> Tensor: # (T, T) tasks in the order in which they come
+    counts:Tensor|None=None, # (..., N) how often each batch counts; default: once
+) -> Tensor: # (..., T, T) tasks in the order in which they come
     "Unbiased inner products of expected gradients: no batch is multiplied with itself."
     counts = torch.ones(len(tasks)) if counts is None else counts
-    mine = [torch.tensor([t == name for t in tasks]) for name in dict.fromkeys(tasks)]
-    A = torch.stack(mine).double() * counts                        # (T, N)
-    others = 1 - torch.eye(len(G), dtype=torch.float64)
-    return (A @ (G * others) @ A.T) / (A @ others @ A.T)
+    mine = torch.stack([_where(tasks, name) for name in dict.fromkeys(tasks)]) # (T, N)
+    A = mine.double() * counts[..., None, :] # (..., T, N)
+    others = 1 - torch.eye(len(G), dtype=torch.float64) # 0 for a batch with itself
+    total = A @ (G * others) @ A.mT # over pairs of different batches
+    pairs = A @ others @ A.mT # how many such pairs
+    return total / pairs
 
-# %% ../nbs/08_conflicts.ipynb #b7d01ac2
+def _where(tasks, name):
+    return torch.tensor([t == name for t in tasks])
+
+# %% ../nbs/08_conflicts.ipynb #c71afbdb
 def bootstrap_gramians(
     G:Tensor, # (N, N) Gramian of single batches' gradients
     tasks:list[str], # whose batch each of the N is
@@ -48,17 +53,14 @@ def bootstrap_gramians(
 ) -> Tensor: # (draws, T, T)
     "The same from batches drawn again with replacement, each task among its own."
     rng = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(draws):
-        counts = torch.zeros(len(tasks), dtype=torch.float64)
-        for name in dict.fromkeys(tasks):
-            mine = torch.tensor([k for k, t in enumerate(tasks) if t == name])
-            drawn = mine[torch.randint(len(mine), (len(mine),), generator=rng)]
-            counts.index_add_(0, drawn, torch.ones(len(mine), dtype=torch.float64))
-        found.append(expected_gramian(G, tasks, counts))
-    return torch.stack(found)
+    counts = torch.zeros(draws, len(tasks), dtype=torch.float64)
+    for name in dict.fromkeys(tasks):
+        mine = _where(tasks, name).double()
+        drawn = mine.expand(draws, -1).multinomial(int(mine.sum()), True, generator=rng)
+        counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return expected_gramian(G, tasks, counts)
 
-# %% ../nbs/08_conflicts.ipynb #89bee4cd
+# %% ../nbs/08_conflicts.ipynb #c6b63009
 def gradient(
     value:Tensor, # a scalar
     params:list[nn.Parameter], # θ
@@ -68,7 +70,7 @@ def gradient(
     options = {"allow_unused": True, "materialize_grads": True, **options}
     return list(torch.autograd.grad(value, params, **options))
 
-# %% ../nbs/08_conflicts.ipynb #b4d9d158
+# %% ../nbs/08_conflicts.ipynb #2bdf838b
 def layer_groups(
     names:Iterable[str], # of the parameters
 ) -> dict[str, list[int]]: # "embeddings", "layer 0", …, "rest" → positions in the list
@@ -133,7 +135,7 @@ def diagnose(
     xi = (1 - cos**2) * (a + b - 2 * d) / both if both > 0 else float("inf")
     return {"cos": cos, "phi": 2 * (a * b)**.5 / (a + b), "xi": xi}
 
-# %% ../nbs/08_conflicts.ipynb #166dfd32
+# %% ../nbs/08_conflicts.ipynb #e8ad66fa
 @contextmanager
 def moved(
     params:list[nn.Parameter], # θ
@@ -150,50 +152,46 @@ def moved(
         for p, o in zip(params, old):
             p.data.copy_(o)
 
-# %% ../nbs/08_conflicts.ipynb #edced8e9
+# %% ../nbs/08_conflicts.ipynb #5a153165
 def curvature_taylor(
     start:float, # L(θ)
-    end:float, # L(θ - t g)
-    g2:float, # ‖g‖²
-    t:float, # step
-) -> float: # H̃
+    end:float, # L(θ + s)
+    slope:float, # s·∇L(θ)
+    length:float, # ‖s‖
+) -> float: # κ̃
     "From two values of the loss."
-    return 2 * (end - start + t * g2) / t**2
+    return 2 * (end - start - slope) / length**2
 
-# %% ../nbs/08_conflicts.ipynb #4090add7
+# %% ../nbs/08_conflicts.ipynb #1fca961e
 def curvature_slopes(
-    loss:Callable[[], Tensor], # L at the parameters as they stand
-    params:list[nn.Parameter], # θ
-    t:float, # step
-) -> float: # H
+    start:list[Tensor], # ∇L(θ)
+    end:list[Tensor], # ∇L(θ + s)
+    step:list[Tensor], # s
+) -> float: # κ
     "From two gradients: exact."
-    g = gradient(loss(), params)
-    with moved(params, g, -t):
-        end = gradient(loss(), params)
-    return (_dot(g, g) - _dot(g, end)) / t
+    return (_dot(step, end) - _dot(step, start)) / _dot(step, step)
 
 def _dot(a, b):
     "Inner product of two lists of tensors, added up in double precision."
     return sum(float((x.cpu().double() * y.cpu().double()).sum()) for x, y in zip(a, b))
 
-# %% ../nbs/08_conflicts.ipynb #1d4770f2
+# %% ../nbs/08_conflicts.ipynb #b59dc4b1
 def curvature_hessian(
     loss:Callable[[], Tensor], # L at the parameters as they stand
     params:list[nn.Parameter], # θ
-    t:float, # step
+    step:list[Tensor], # s
     points:int=8, # of the midpoint rule
-) -> float: # H
+) -> float: # κ
     "By the definition, with Hessian-vector products."
-    g = [x.detach() for x in gradient(loss(), params)]
     total = 0.
     for k in range(points):
-        with sdpa_kernel(SDPBackend.MATH), moved(params, g, -t * (k + .5) / points):
+        with sdpa_kernel(SDPBackend.MATH), moved(params, step, (k + .5) / points):
             now = gradient(loss(), params, create_graph=True)
-            along = sum((x * v).sum() for x, v in zip(now, g))
-            total += _dot(gradient(along, params), g) / points
-    return total
+            along = sum((x * v).sum() for x, v in zip(now, step))
+            total += _dot(gradient(along, params), step) / points
+    return total / _dot(step, step)
 
-# %% ../nbs/08_conflicts.ipynb #09c53ba1
+# %% ../nbs/08_conflicts.ipynb #8cbae1f2
 def measure(
     model, # with loss(task, batch, model(task, batch)) and shared()
     batches:list[tuple[str, object]], # (task, batch) of one step; a task's batches count as one
@@ -238,7 +236,8 @@ def _curvature(losses, theta, values, grads, G, radius):
         direction = [a + b for a, b in zip(grads[i], grads[j])]
         with moved(theta, direction, -t), torch.no_grad():
             end = losses[i]().item() + losses[j]().item()
-        found[f"{i},{j}"] = curvature_taylor(values[i] + values[j], end, g2, t)
+        bend = curvature_taylor(values[i] + values[j], end, -t * g2, radius)
+        found[f"{i},{j}"] = bend * g2                              # Yu et al.'s H
     return found
 
 def _lower(G):
@@ -294,7 +293,7 @@ class Atlas:
         "The live plug."
         return AtlasPlug(model, self.every, self.radius)
 
-# %% ../nbs/08_conflicts.ipynb #82d96194
+# %% ../nbs/08_conflicts.ipynb #d636c473
 def read_looks(
     path:str|Path, # a run directory, its metrics.jsonl, or a log with a look on each line (.gz too)
 ) -> list[dict]: # one entry a look, its Gramians as (T, T) tensors, and their sum as "all"
@@ -321,7 +320,7 @@ def _square(lower, T):
     G[i, j] = G[j, i] = torch.tensor(lower, dtype=torch.float64)
     return G
 
-# %% ../nbs/08_conflicts.ipynb #2e93890a
+# %% ../nbs/08_conflicts.ipynb #3be80774
 def atlas_table(
     looks:list[dict], # from read_looks
 ) -> pd.DataFrame: # step, group, pair, cos, phi, xi, ratio ‖g_i‖/‖g_j‖, curvature H/‖g‖² (of "all")

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from minbert import fast
 from minbert.bert import BertModel
-from minbert.conflicts import Atlas, curvature_hessian, curvature_slopes
+from minbert.conflicts import Atlas, curvature_hessian, curvature_slopes, gradient, moved
 from minbert.data import load_tasks
 from minbert.electra import pretraining
 from minbert.heads import HeadConfig, MultitaskBert, encoder_floor, head_for, predict_rows
@@ -273,8 +273,16 @@ def test_training_with_surgery_and_an_atlas(away):
 def test_curvature(away):
     def both(device):
         net, (t, b) = Tower().to(device).eval(), rows(device)[0]
-        return [f(lambda: net.loss(t, b, net(t, b)), net.shared(), .01)
-                for f in (curvature_slopes, curvature_hessian)]
+        theta = net.shared()
+        step = [torch.full_like(p, .1) for p in theta]
+
+        def loss():
+            return net.loss(t, b, net(t, b))
+
+        start = gradient(loss(), theta)
+        with moved(theta, step, 1.):
+            end = gradient(loss(), theta)
+        return [curvature_slopes(start, end, step), curvature_hessian(loss, theta, step)]
     assert_close(both(away), both("cpu"), rtol=1e-4, atol=0)
 
 
