@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['hide_all', 'reading_presets', 'Masking', 'TokenFacts', 'choose', 'disguise', 'TextBatch', 'mask_texts',
-           'pretraining_texts', 'tokenise', 'MlmHead', 'encoder_flops', 'token_counts', 'MlmModel', 'PretrainConfig',
-           'set_dropout', 'TextData']
+           'pretraining_texts', 'tokenise', 'MlmHead', 'encoder_flops', 'token_counts', 'MlmModel', 'set_dropout',
+           'PretrainConfig', 'TextData']
 
 # %% ../nbs/10_mlm.ipynb #321fb655
 import math
@@ -54,7 +54,7 @@ class TokenFacts:
         special = [word in specials or word.startswith("[unused") for word in vocab]
         self.ordinary = np.flatnonzero(~np.array(special)) # ids that may stand in for others
 
-# %% ../nbs/10_mlm.ipynb #984e66c0
+# %% ../nbs/10_mlm.ipynb #3d185c8e
 def choose(
     ids:np.ndarray, # (n,) tokens of one text, without special tokens
     rng:np.random.Generator, # source of chance
@@ -71,7 +71,9 @@ def choose(
         at = np.flatnonzero(word == w)
         if len(chosen) + len(at) <= k:
             chosen += at.tolist()
-    return np.sort(chosen or at)
+    if not chosen: # no word fits: the last one drawn, too long as it is
+        chosen = at
+    return np.sort(chosen)
 
 # %% ../nbs/10_mlm.ipynb #ee6bd732
 def disguise(
@@ -110,7 +112,7 @@ class TextBatch:
         tensors = (self.ids, self.attention_mask, self.positions, self.masked)
         return TextBatch(*(x.to(device) for x in tensors), self.source)
 
-# %% ../nbs/10_mlm.ipynb #75b94efc
+# %% ../nbs/10_mlm.ipynb #2de07214
 def mask_texts(
     rows:list[np.ndarray], # token ids of r texts, without special tokens
     facts:TokenFacts, # of the vocabulary
@@ -127,7 +129,7 @@ def mask_texts(
     for r, x in enumerate(rows):
         ids[r, :len(x) + 2] = [facts.cls, *x, facts.sep]
         mask[r, :len(x) + 2] = 1
-        places.append(r * n + 1 + choose(x, rng, masking.rate, continues))
+        places.append(r * n + 1 + choose(x, rng, masking.rate, continues)) # 1: [CLS]
     places = np.concatenate(places) # (k,)
     masked = ids.copy()
     masked.flat[places] = disguise(ids.flat[places], facts, masking, rng)
@@ -244,7 +246,7 @@ def token_counts(
     share = sum(c / c.sum() for c in count) / len(count)
     return share * sum(c.sum() for c in count)
 
-# %% ../nbs/10_mlm.ipynb #48b582ff
+# %% ../nbs/10_mlm.ipynb #054bb2b6
 class MlmModel(nn.Module):
     "A BERT that guesses hidden words, as the training loop wants it."
     masking = Masking() # 80/10/10
@@ -327,9 +329,9 @@ class MlmModel(nn.Module):
     ) -> dict[str, float]: # held_loss (nats), held_accuracy, and both with _NAME for each data set
         "How well the hidden tokens of held-out text are guessed."
         found = self.guess(held)
+        all_places = {"": np.concatenate([*found.values()], axis=1)}
         scores = {}
-        for name, x in {"": np.concatenate([*found.values()], axis=1), **found}.items():
-            loss, hit = x
+        for name, (loss, hit) in (all_places | found).items():
             tail = f"_{name}" if name else ""
             scores[f"held_loss{tail}"] = float(loss.mean())
             scores[f"held_accuracy{tail}"] = float(hit.mean(dtype=np.float64))
@@ -375,7 +377,17 @@ class MlmModel(nn.Module):
             found.append([(self.vocab[i], x) for i, x in zip(tokens, chances)])
         return found
 
-# %% ../nbs/10_mlm.ipynb #b935947f
+# %% ../nbs/10_mlm.ipynb #c3c87dd8
+def set_dropout(
+    model:nn.Module, # any
+    p:float, # share of zeros
+):
+    "Give every dropout in a model the same rate."
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = p
+
+# %% ../nbs/10_mlm.ipynb #d63588a7
 @dataclass(frozen=True)
 class PretrainConfig:
     "How long, how fast, on what."
@@ -392,7 +404,7 @@ class PretrainConfig:
     dropout: float = 0.0 # while pretraining; the model that is written keeps its own for later
     evals: int = 8 # looks at held-out text, evenly spread
     held_texts: int = 200 # held-out texts of each data set
-    gen_width: float = 1/3 # RTD: the generator's width as a share of the discriminator's
+    gen_width: float = 1/3 # RTD (chapter 11): the generator's width, a share of the discriminator's
     gen_depth: float = 1.0 # RTD: the same of its layers
     lam: float = 50.0 # RTD: weight λ of the discriminator's loss
 
@@ -415,16 +427,6 @@ reading_presets = {
     "cpu": PretrainConfig(1600, 48, 1e-4, gen_width=1.0, gen_depth=0.5),
     "report": PretrainConfig(60000, 128, 1e-4, max_length=128, dropout=.1, evals=20,
                              held_texts=500, gen_width=1.0, gen_depth=0.5)}
-
-# %% ../nbs/10_mlm.ipynb #c3c87dd8
-def set_dropout(
-    model:nn.Module, # any
-    p:float, # share of zeros
-):
-    "Give every dropout in a model the same rate."
-    for m in model.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = p
 
 # %% ../nbs/10_mlm.ipynb #db7c45c4
 def _cost(model, batch):
