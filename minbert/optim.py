@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from .core import UserError
 
-# %% ../nbs/03_adamw.ipynb #4c243cdc
+# %% ../nbs/03_adamw.ipynb #4ddc773e
 class Hypers(NamedTuple):
     "The numbers of one AdamW step, under the names of the papers' symbols in PyTorch."
     lr:float # α, learning rate
     betas:tuple[float, float] # β₁, β₂, how slowly the two averages forget
     eps:float # ε, keeps the quotient finite
     weight_decay:float # λ; one step decays by α·λ
-    correct_bias:bool = True # divide the averages by how much of them is still missing
+    correct_bias:bool = True # divide the averages by the share already filled, 1 − βᵗ
 
-# %% ../nbs/03_adamw.ipynb #2b79f96f
+# %% ../nbs/03_adamw.ipynb #4ceb930c
 def handout_step(
     theta:Tensor, # weights, changed in place
     g:Tensor, # gradient, same shape as all tensors here
@@ -40,7 +40,7 @@ def handout_step(
     beta1, beta2 = h.betas
     _update_moments(m, v, g, h.betas)
     alpha_t = h.lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) if h.correct_bias else h.lr
-    theta.addcdiv_(m, v.sqrt().add_(h.eps), value=-alpha_t)
+    theta.addcdiv_(m, v.sqrt().add_(h.eps), value=-alpha_t)  # θ ← θ − αₜ m / (√v + ε)
     if h.weight_decay:
         theta.add_(theta, alpha=-h.lr * h.weight_decay)
 
@@ -50,7 +50,7 @@ def _update_moments(m, v, g, betas):
     m.mul_(beta1).add_(g, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
-# %% ../nbs/03_adamw.ipynb #85e76621
+# %% ../nbs/03_adamw.ipynb #e0b4f40b
 def paper_step(
     theta:Tensor, # weights, changed in place
     g:Tensor, # gradient, same shape as all tensors here
@@ -64,7 +64,8 @@ def paper_step(
     _update_moments(m, v, g, h.betas)
     c1, c2 = (1 - beta1**t, 1 - beta2**t) if h.correct_bias else (1, 1)
     theta.mul_(1 - h.lr * h.weight_decay)
-    theta.addcdiv_(m, v.sqrt().div_(math.sqrt(c2)).add_(h.eps), value=-h.lr / c1)
+    divisor = v.sqrt().div_(math.sqrt(c2)).add_(h.eps)
+    theta.addcdiv_(m, divisor, value=-h.lr / c1)  # θ ← θ − α m̂ / (√v̂ + ε)
 
 # %% ../nbs/03_adamw.ipynb #215892b4
 forms = {"handout": handout_step, "paper": paper_step}
@@ -98,7 +99,7 @@ def _are_betas(x):
     "Whether there are two numbers in [0, 1)."
     return len(x) == 2 and all(0 <= beta < 1 for beta in x)
 
-# %% ../nbs/03_adamw.ipynb #0a23304f
+# %% ../nbs/03_adamw.ipynb #1afc23fa
 class AdamW(torch.optim.Optimizer):
     "AdamW in the handout's form (default) or the paper's, parameter by parameter."
     def __init__(self,
@@ -135,7 +136,8 @@ class AdamW(torch.optim.Optimizer):
         "One step of a group's parameters."
         for theta in group["params"]:
             if theta.grad is not None:
-                forms[group["form"]](*self.advance(theta), self.hypers(group))
+                step = forms[group["form"]]
+                step(*self.advance(theta), self.hypers(group))
 
     def advance(self,
         theta:nn.Parameter, # with a gradient
@@ -239,11 +241,12 @@ def cosine(
 
 schedules = {"constant": constant, "linear": linear, "cosine": cosine}
 
-# %% ../nbs/03_adamw.ipynb #622bc925
+# %% ../nbs/03_adamw.ipynb #ecaf4686
 def set_lr(
     optimizer:torch.optim.Optimizer, # its groups' first rates are the base
     multiplier:float, # from a schedule
 ):
     "Multiply every group's base learning rate."
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier
+        base = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = base * multiplier
