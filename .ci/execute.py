@@ -36,9 +36,9 @@ def sha(data):
 
 
 def code_hash(path):
-    "A hash of a notebook's code cells, without the line that only Colab runs."
+    "A hash of a notebook's code cells, without the line that only Colab runs and the options that say how a cell is shown."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(c["source"]).strip() for c in cells if c["cell_type"] == "code"]
+    sources = [re.sub(r"^#\|(?! *(slow|eval)).*\n?", "", "".join(c["source"]), flags=re.M).strip() for c in cells if c["cell_type"] == "code"]
     return sha("\0".join(colab.without(sources)).encode())
 
 
