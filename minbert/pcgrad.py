@@ -118,7 +118,7 @@ def _add(old, new):
         return new if old is None else old
     return old.add_(new)
 
-# %% ../nbs/07_pcgrad.ipynb #e90e9046
+# %% ../nbs/07_pcgrad.ipynb #015cae30
 def average(
     grads:dict, # task → gradients, None where it did not reach
     shared:list[nn.Parameter], # the parameters they belong to
@@ -131,8 +131,10 @@ def average(
     dist.all_gather_object(seen, mine)
     new = {}
     for task in sorted(set().union(*seen)):
-        flags = zip(*[s[task] for s in seen if task in s])         # per parameter, per process:
-        reached = [any(f) for f in flags]                          # did any process reach it?
+        reached = [False] * len(shared)                            # did any process reach it?
+        for process in seen:
+            for k, flag in enumerate(process.get(task, [])):
+                reached[k] |= flag
         new[task] = _average(grads.get(task, [None] * len(shared)), shared, reached)
     return new
 
@@ -155,7 +157,7 @@ def pcgrad_weights(
     "PCGrad in a random order drawn from torch's generator."
     return project(G, random_order(len(G))).sum(0)
 
-# %% ../nbs/07_pcgrad.ipynb #b0904c50
+# %% ../nbs/07_pcgrad.ipynb #5501ea4c
 def gradvac_weights(
     G:Tensor, # (T, T) Gramian
     target:float=.1, # cosine that every pair is turned to
@@ -167,7 +169,7 @@ def _vaccinate(G, order, target):
     "Its turns as linear coefficients (T, T), in a given order."
     G = G.cpu().double()
     C = torch.eye(len(G), dtype=G.dtype)
-    s = (1 - target**2)**.5
+    s = (1 - target**2)**.5                                        # the sine at the target
     for i, others in enumerate(order):
         for j in others:
             a = (C[i] @ G @ C[i]).clamp(min=0).sqrt()
@@ -176,7 +178,9 @@ def _vaccinate(G, order, target):
                 continue
             cos = (C[i] @ G[:, j] / (a * b)).clamp(-1, 1)
             if cos < target:                                       # Wang et al. (2021), equation 4
-                C[i, j] += a * (target * (1 - cos**2).sqrt() - cos * s) / (b * s)
+                sin = (1 - cos**2).sqrt()
+                coefficient = a * (target * sin - cos * s) / (b * s)
+                C[i, j] += coefficient
     return C
 
 # %% ../nbs/07_pcgrad.ipynb #ddd2e108
