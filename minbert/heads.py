@@ -101,7 +101,7 @@ def _mnrl(out, labels, c, scale=20.):
 losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "cosine_mse": _cosine_mse,
           "cosine_embedding": _cosine_embedding, "mnrl": _mnrl}
 
-# %% ../nbs/04_heads.ipynb #6fe3fbe5
+# %% ../nbs/04_heads.ipynb #7e0aa939
 @dataclass(frozen=True)
 class HeadConfig:
     "How one task reads BERT."
@@ -111,7 +111,7 @@ class HeadConfig:
     features: str = "concat" # of a separate pair: a key of features, or cosine
     loss: str = "" # a key of losses; default: the natural one
     dropout: float = 0.1 # before the linear layer; apart from BERT's own
-    threshold: float = 0.5 # share of the label range from which a pair counts as positive
+    threshold: float = 0.5 # share of the scale from which a label, or a cosine, counts as positive
 
     def __post_init__(self):
         if self.task.kind == "classify" and not self.task.labels:
@@ -162,7 +162,7 @@ def head_for(
         return HeadConfig(task, loss=task.loss)
     return HeadConfig(task, "separate", features=task.head, loss=task.loss)
 
-# %% ../nbs/04_heads.ipynb #6d6cc4a4
+# %% ../nbs/04_heads.ipynb #82fc5f51
 class _Head(nn.Module):
     "From pooled vectors to logits, a score or a cosine."
     def __init__(self,
@@ -182,7 +182,8 @@ class _Head(nn.Module):
 
     def forward(self, u, v=None):
         "The answer to pooled vectors (b, d), as an Output."
-        u, v = u.float(), v if v is None else v.float()
+        u = u.float()
+        v = v.float() if v is not None else None
         if self.c.cosine:
             return Output(F.cosine_similarity(u, v), u, v)
         x = u if v is None else features[self.c.features](u, v)     # (b, kd)
@@ -213,7 +214,7 @@ def decode(
     edge = c.threshold if c.cosine else {"bce": 0., "mse": .5}[c.loss]
     return (logits >= edge).long()
 
-# %% ../nbs/04_heads.ipynb #bfc4bf3f
+# %% ../nbs/04_heads.ipynb #59542763
 class MultitaskBert(nn.Module):
     "One BERT, one head per task."
     def __init__(self,
@@ -264,7 +265,7 @@ class MultitaskBert(nn.Module):
 
 def _key(task):
     "A task's name, changed where torch's dictionary of modules would not take it."
-    return f"{task}-" if hasattr(_plain, task) else task
+    return f"{task}-" if hasattr(_plain, task) else task    # "train" is a method of every module
 
 _plain = nn.ModuleDict()
 
