@@ -175,7 +175,7 @@ class RtdHead(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             return self.out(x).squeeze(-1)
 
-# %% ../nbs/11_electra.ipynb #7374ce04
+# %% ../nbs/11_electra.ipynb #8d8bd427
 class _Judged(NamedTuple):
     "What the discriminator was shown and what it says."
     logits:Tensor # (r, n) of replaced
@@ -247,7 +247,9 @@ class Electra(nn.Module):
             return logits
         of, ids = self._carried
         self._carried = None, None
-        return self.judge(batch, ids if of is batch else self.corrupt(batch))
+        if of is not batch:                             # no pass of the generator to take up
+            ids = self.corrupt(batch)
+        return self.judge(batch, ids)
 
     def loss(self,
         task:str, # mlm or rtd
@@ -323,7 +325,7 @@ class Electra(nn.Module):
             words.append(token if kind == "plain" else f"{original}→{token}({kind})")
         return " ".join(words)
 
-# %% ../nbs/11_electra.ipynb #f7df7107
+# %% ../nbs/11_electra.ipynb #e952086f
 @dataclass(frozen=True)
 class ClipParts:
     "Clip the generator, the discriminator and the tables that both train, each by itself."
@@ -333,7 +335,7 @@ class ClipParts:
         model:"Electra", # whose parts they are
         total:int, # optimiser steps of the run
     ) -> Plug:
-        "The live plug."
+        "What the training loop calls at each step: a clip for each part."
         parts = _parts(model)
         return _Clips([Clip(p, self.max_norm / len(parts)**.5) for p in parts])
 
@@ -359,7 +361,7 @@ def _parts(model):
     rest = [p for p in model.parameters() if id(p) not in seen]
     return [part for part in (generator, rest, both) if part]
 
-# %% ../nbs/11_electra.ipynb #984997d9
+# %% ../nbs/11_electra.ipynb #b5f3e8fc
 def context_free_auc(
     count:np.ndarray, # (V,) how often each token occurs in the training texts; 0 for special ones
     held:list[TextBatch], # texts with chosen places
@@ -375,7 +377,7 @@ def context_free_auc(
     suspicion = np.where(q > 0, -q, -1.)                # what is never drawn is never suspected
     _, rank = np.unique(suspicion, return_inverse=True)
     replaced, original = (np.bincount(rank, x) for x in (replaced, original))
-    below = np.cumsum(original) - original / 2          # ties count one half
+    below = np.cumsum(original) - original / 2          # ranked lower, and half of the ties
     return float(replaced @ below / (replaced.sum() * original.sum()))
 
 # %% ../nbs/11_electra.ipynb #d194ba39
@@ -473,7 +475,7 @@ def pretraining_model(
     set_dropout(model, config.dropout)
     return model.to(next(bert.parameters()).device)
 
-# %% ../nbs/11_electra.ipynb #631f97f2
+# %% ../nbs/11_electra.ipynb #06976a8a
 one_pass, second_pass = "one pass", "second pass"       # where samples come from; second: old
 
 def pretraining(
@@ -485,7 +487,7 @@ def pretraining(
     seed:int=0, # of fresh weights, order, places and samples
     init:str="", # name of the starting point, for the record
 ) -> tuple[MlmModel|Electra, TextData, dict]: # the model, data and settings that runs.train takes
-    "What the harness needs to read on in the tasks' own texts, without labels."
+    "What a run needs to read on in the tasks' own texts, without labels."
     if kind not in ("mlm", "rtd"):
         raise UserError(f"kind is {kind!r}, not mlm or rtd")
     if kind == "rtd":
