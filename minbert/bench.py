@@ -636,7 +636,7 @@ def _quality(corpus, rounds, device, examples=9600, rows=3000):
             out.append({"loop": name, "seed": seed, **train(work, examples // 32)})
     return out
 
-# %% ../nbs/A7_bench.ipynb #54428308
+# %% ../nbs/A7_bench.ipynb #4a4983a3
 def _train(corpus, rounds, device):
     "The four loops in turn, at both batch sizes, and the ceiling beside them."
     works = {"equal": Workload.equal(corpus, device=device),
@@ -652,12 +652,12 @@ parts = { # part → what measures it, and about how many minutes that takes
     "memory": (_memory, 2), "startup": (_startup, 1), "compile": (_compile, 2),
     "breakdown": (_breakdown, 1), "growth": (_growth, 2), "quality": (_quality, 24)}
 
-def _minutes(name, rounds=12, gflops=165.):
-    "About how many minutes a part takes on a machine with such a ceiling in fp32."
+def _minutes(name, rounds=12, fp32=165., best=410.):
+    "About how many minutes a part takes where matrices are multiplied at such a speed, GFLOP/s."
     share = (rounds + 1) / 13 if name == "train" else 1.    # the first round does not count
-    return parts[name][1] * share * 165 / gflops
+    return parts[name][1] * share * (165 / fp32 + 410 / best) / 2
 
-# %% ../nbs/A7_bench.ipynb #4dbd31d8
+# %% ../nbs/A7_bench.ipynb #7fd456c7
 def bench(
     corpus:Corpus, # from `load_tasks`
     names:list[str]=tuple(parts), # parts to run
@@ -671,8 +671,9 @@ def bench(
     out = {**environment(place), "cores": os.cpu_count(), "bf16": has_bf16(place),
            "data_fingerprint": corpus.fingerprint,
            "encoder_weights": sum(p.numel() for p in encoder.parameters()), "seconds": {}}
-    gflops = ceiling(torch.float32, str(place))
-    minutes = {name: _minutes(name, rounds, gflops) for name in names}
+    fp32 = ceiling(torch.float32, str(place))
+    best = ceiling(torch.bfloat16, str(place)) if has_bf16(place) else fp32
+    minutes = {name: _minutes(name, rounds, fp32, best) for name in names}
     say(f"about {sum(minutes.values()):.0f} minutes in all")
     for name in names:
         say(f"{name}: about {minutes[name]:.0f} min")
