@@ -8,7 +8,7 @@ __all__ = ['weight_files', 'specials', 'sums_file', 'minilm_sha256', 'minilm_hub
            'load_tokenizer', 'read_vocab', 'check_sums', 'hub_dir', 'minilm_dir', 'find_checkpoint', 'read_checkpoint',
            'whole_directory', 'write_checkpoint']
 
-# %% ../nbs/A3_checkpoints.ipynb #524c8af1
+# %% ../nbs/A3_checkpoints.ipynb #95262211
 import hashlib
 import json
 import math
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from .core import UserError, check_folder, read_json
+from .core import UserError, check_folder, new_mode, read_json
 
 # %% ../nbs/A3_checkpoints.ipynb #4893d2e3
 class Checkpoint(NamedTuple):
@@ -610,7 +610,7 @@ def _swap(new, place, old):
             old.rename(place)
         raise
 
-# %% ../nbs/A3_checkpoints.ipynb #ac8c4bb2
+# %% ../nbs/A3_checkpoints.ipynb #ba62ea4d
 def write_checkpoint(
     folder:Path, # is made if it is not there; whole_directory makes that safe
     config:dict, # goes into config.json
@@ -625,6 +625,7 @@ def write_checkpoint(
     _write_json(folder / "config.json", config)
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    os.chmod(folder / "model.safetensors", new_mode())
     if vocab is not None:
         _write_vocab(folder, vocab, lowercase, config.get("max_position_embeddings", 512))
 

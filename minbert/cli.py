@@ -137,7 +137,7 @@ def _ended(result, out, limit=""):
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #496667b4
+# %% ../nbs/A9_cli.ipynb #2876c4dd
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -218,7 +218,7 @@ tags: [bert, multi-task]
 # {name}
 
 One BERT, started from {init}, with a head for each of these tasks. Trained for {steps} steps
-with seed {seed}; data {data}.
+with seed {seed}; the weights are those after step {best}, the best on dev. Data {data}.
 
 | task | kind | answers | training rows | dev rows | score | best floor |
 |---|---|---|---|---|---|---|
@@ -228,7 +228,7 @@ The floors need no training: the commonest label, the words that two texts share
 of the starting encoder's vectors.
 
     from minbert.heads import MultitaskBert
-    MultitaskBert.from_pretrained("{name}").predict("{task}", {example})
+    MultitaskBert.from_pretrained("{name}").predict("{task}", {example}) # a directory, this one
 
 The encoder alone opens with AutoModel.from_pretrained of transformers. What the texts are, where
 they come from, and what the model should not be used for: please write it here.
@@ -240,13 +240,15 @@ def _write_card(out, corpus, result, init, best):
     lines, task = [], next(iter(corpus.tasks.values()))
     example = '[("...", "...")]' if task.pair else '["..."]'
     for name, t in corpus.tasks.items():
-        answers = ", ".join(t.labels[:6]) or f"{t.low:g} to {t.high:g}"
+        answers = ", ".join(t.labels[:20]) or f"{t.low:g} to {t.high:g}"
+        answers += f", and {len(t.labels) - 20} more" * (len(t.labels) > 20)
         counts = (len(corpus[name][s]) for s in ("train", "dev"))
         cells = [name, t.kind, answers, *counts, f"{t.metric} {result['dev'][name]:.3f}",
                  f"{best[name]:.3f}"]
         lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
     write_atomic(out / "model" / "README.md", _card.format(
         name=out.name, init=init, steps=result["steps"], seed=result["seed"],
+        best=max(result["curve"][1:], key=lambda look: look["overall"])["step"],
         data=result["data_fingerprint"], lines="\n".join(lines), task=task.name,
         example=example))
 

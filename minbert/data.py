@@ -200,7 +200,7 @@ def _read_own(path, names):
             raise UserError(f"{path}: there is no task {name!r}; there are {', '.join(found)}")
     return Corpus({name: read_splits(found[name], find) for name in names or found}, path.stem)
 
-# %% ../nbs/00_data.ipynb #49ad5562
+# %% ../nbs/00_data.ipynb #703c83bd
 @patch
 def describe(self:Corpus) -> "pd.DataFrame": # one row per file
     "What was found: file, rows, rows skipped for want of a label, words, labels, hash."
@@ -212,15 +212,22 @@ def _describe_file(rows):
     words = [sum(len(t.split()) for t in texts) for texts in rows.texts]
     labels = "none"
     if rows.labels is not None:
-        counts = np.bincount(rows.labels.astype(int), minlength=rows.task.n_classes)
-        labels = " / ".join(map(str, counts[:8])) + " / ..." * (len(counts) > 8)
-        if rows.task.kind == "score":
-            labels = f"mean {rows.labels.mean():.2f}"
+        labels = f"mean {rows.labels.mean():.2f}"
+        if rows.task.kind == "classify":
+            counts = np.bincount(rows.labels.astype(int), minlength=rows.task.n_classes)
+            labels = _counted(counts, rows.task.labels)
     return {"task": rows.task.name, "split": rows.split, "file": rows.source, "rows": len(rows),
             "skipped": rows.skipped, "words (median)": int(np.median(words)),
             "words (max)": max(words), "labels": labels, "sha256": rows.sha256[:12]}
 
-# %% ../nbs/00_data.ipynb #7ac1cbf1
+# %% ../nbs/00_data.ipynb #7d8285fc
+def _counted(counts, names, most=20):
+    "Rows of each label; with names the rarest first, as misspelt labels are rare."
+    if all(name.isdigit() for name in names):
+        return " / ".join(map(str, counts))
+    said = [f"{names[k]} {counts[k]}" for k in np.argsort(counts, kind="stable")]
+    return ", ".join(said[:most]) + f", and {len(said) - most} more" * (len(said) > most)
+
 def overlap(
     texts:tuple[str, str], # a pair
 ) -> float: # |A∩B| / |A∪B| of the two word sets, in [0, 1]

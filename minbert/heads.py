@@ -7,8 +7,9 @@ __all__ = ['pools', 'features', 'losses', 'metrics', 'model_files', 'Output', 'H
            'make_batch', 'accuracy', 'macro_f1', 'pearson', 'overall', 'predict_logits', 'predict_rows',
            'encoder_cosine', 'encoder_floor', 'example_answers']
 
-# %% ../nbs/04_heads.ipynb #aa5e1392
+# %% ../nbs/04_heads.ipynb #38409c25
 import json
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from .bert import BertModel
 from .checkpoints import checkpoint_files, whole_directory
-from .core import UserError, autocast, evaluating, log, read_json, write_atomic
+from .core import (UserError, autocast, evaluating, log, new_mode, read_json,
+                          write_atomic)
 from minbert.data import (
     Batch, Corpus, Encoded, Rows, Task, best_threshold, collate, encode, load_tokenizer,
 )
@@ -418,7 +420,7 @@ def encoder_floor(
         found[name] = accuracy(encoder_cosine(bert, dev) >= edge, dev.labels)
     return found
 
-# %% ../nbs/04_heads.ipynb #4d749c3e
+# %% ../nbs/04_heads.ipynb #e894df99
 model_files = checkpoint_files | {"heads.json", "heads.safetensors", "README.md"}
 
 @patch
@@ -436,6 +438,7 @@ def save_pretrained(self:MultitaskBert,
         self.bert.save_pretrained(new)
         write_atomic(new / "heads.json", json.dumps(heads, indent=1, ensure_ascii=False) + "\n")
         save_file(state, new / "heads.safetensors")
+        os.chmod(new / "heads.safetensors", new_mode())
     return folder
 
 @patch(cls_method=True)

@@ -460,7 +460,7 @@ def _device(model):
     "Where a model lives."
     return next(model.parameters()).device
 
-# %% ../nbs/A6_runs.ipynb #ed10146f
+# %% ../nbs/A6_runs.ipynb #98b10f2a
 class _Session:
     "One process's part of a run."
     def __init__(self, run, model, data, config, plugs):
@@ -534,7 +534,7 @@ class _Session:
                 self.log(step, values)
                 _show(bar, recent, values)
                 if step in looks:
-                    self.look(step)
+                    self._tell(step, self.look(step), bar.disable and _hidden(progress) is None)
                 self.save(step, step in looks or asked)
                 if asked and step % self.data.per == 0:
                     raise KeyboardInterrupt
@@ -575,6 +575,15 @@ class _Session:
             self.memo["best"] = score
             self._keep()
         self.memo["looking"] += time.monotonic() - begun
+        return score
+
+    def _tell(self, step, score, in_words):
+        "A line about a look where no bar is shown, as in a log file."
+        if in_words:
+            seconds = (_clocks() - self.began)[0] * (self.config.steps / step - 1)
+            left = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+            said = "" if score is None else f", overall {score:.3f} on dev"
+            logger.info(f"training: {step} of {self.config.steps} steps{said}, about {left} left")
 
     def _keep(self):
         "Write the model, and the SHA-256 of its files, as the program sha256sum does."

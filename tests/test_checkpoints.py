@@ -284,3 +284,12 @@ def test_a_model_that_is_not_built_in(name, mine):
     edit(mine)
     with pytest.raises(UserError, match=words):
         BertModel.from_pretrained(mine)
+
+
+def test_a_saved_model_has_the_mode_of_any_new_file(tmp_path, run_dir):
+    "Others may read it where the umask lets them."
+    BertModel.from_pretrained("pocket").save_pretrained(tmp_path / "bert")
+    (tmp_path / "new").touch()
+    files = [*(tmp_path / "bert").iterdir(), *(run_dir / "model").iterdir()]
+    usual = (tmp_path / "new").stat().st_mode
+    assert len(files) > 6 and {f.name: oct(f.stat().st_mode) for f in files if f.stat().st_mode != usual} == {}
