@@ -200,7 +200,7 @@ def _read_own(path, names):
             raise UserError(f"{path}: there is no task {name!r}; there are {', '.join(found)}")
     return Corpus({name: read_splits(found[name], find) for name in names or found}, path.stem)
 
-# %% ../nbs/00_data.ipynb #703c83bd
+# %% ../nbs/00_data.ipynb #4b2aad91
 @patch
 def describe(self:Corpus) -> "pd.DataFrame": # one row per file
     "What was found: file, rows, rows skipped for want of a label, words, labels, hash."
@@ -220,7 +220,6 @@ def _describe_file(rows):
             "skipped": rows.skipped, "words (median)": int(np.median(words)),
             "words (max)": max(words), "labels": labels, "sha256": rows.sha256[:12]}
 
-# %% ../nbs/00_data.ipynb #7d8285fc
 def _counted(counts, names, most=20):
     "Rows of each label; with names the rarest first, as misspelt labels are rare."
     if all(name.isdigit() for name in names):
@@ -228,6 +227,7 @@ def _counted(counts, names, most=20):
     said = [f"{names[k]} {counts[k]}" for k in np.argsort(counts, kind="stable")]
     return ", ".join(said[:most]) + f", and {len(said) - most} more" * (len(said) > most)
 
+# %% ../nbs/00_data.ipynb #7ac1cbf1
 def overlap(
     texts:tuple[str, str], # a pair
 ) -> float: # |A∩B| / |A∪B| of the two word sets, in [0, 1]
