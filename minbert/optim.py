@@ -67,7 +67,7 @@ def paper_step(
     divisor = v.sqrt().div_(math.sqrt(c2)).add_(h.eps)
     theta.addcdiv_(m, divisor, value=-h.lr / c1)  # θ ← θ − α m̂ / (√v̂ + ε)
 
-# %% ../nbs/03_adamw.ipynb #215892b4
+# %% ../nbs/03_adamw.ipynb #8e7b1bf0
 forms = {"handout": handout_step, "paper": paper_step}
 
 def check_hypers(
@@ -77,7 +77,7 @@ def check_hypers(
     _must("betas", group["betas"], "two numbers from 0 to below 1", _are_betas)
     for name in ("lr", "eps", "weight_decay"):
         _must(name, group[name], "a finite number, 0 or more", _is_finite)
-    _must("form", group["form"], " or ".join(map(repr, forms)), forms.__contains__)
+    _must("form", group["form"], " or ".join(map(repr, forms)), lambda f: f in forms)
     if group["lr"] * group["weight_decay"] >= 1:
         raise UserError("AdamW: lr times weight_decay must stay below 1, "
                         "or every step wipes the weights out")
