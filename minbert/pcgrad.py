@@ -157,7 +157,7 @@ def pcgrad_weights(
     "PCGrad in a random order drawn from torch's generator."
     return project(G, random_order(len(G))).sum(0)
 
-# %% ../nbs/07_pcgrad.ipynb #5501ea4c
+# %% ../nbs/07_pcgrad.ipynb #d68afe86
 def gradvac_weights(
     G:Tensor, # (T, T) Gramian
     target:float=.1, # cosine that every pair is turned to
@@ -179,11 +179,12 @@ def _vaccinate(G, order, target):
             cos = (C[i] @ G[:, j] / (a * b)).clamp(-1, 1)
             if cos < target:                                       # Wang et al. (2021), equation 4
                 sin = (1 - cos**2).sqrt()
+                # how much of g_j to add until the cosine is the target
                 coefficient = a * (target * sin - cos * s) / (b * s)
                 C[i, j] += coefficient
     return C
 
-# %% ../nbs/07_pcgrad.ipynb #ddd2e108
+# %% ../nbs/07_pcgrad.ipynb #4fa1bdc1
 def mgda_weights(
     G:Tensor, # (T, T) Gramian
     steps:int=200, # of Frank and Wolfe's method
@@ -197,7 +198,7 @@ def mgda_weights(
         gap = w @ v - v[k]
         if gap <= 1e-12 * (w @ v):
             break
-        a = (gap / (w @ v - 2 * v[k] + G[k, k])).clamp(0, 1)
+        a = (gap / (w @ v - 2 * v[k] + G[k, k])).clamp(0, 1)       # the best point towards g_k
         w = (1 - a) * w
         w[k] += a
     return w
@@ -214,7 +215,7 @@ def _mean_weights(G):
 weightings = {"sum": _sum_weights, "mean": _mean_weights, "pcgrad": pcgrad_weights,
               "gradvac": gradvac_weights, "mgda": mgda_weights}  # name → Gramian → weights
 
-# %% ../nbs/07_pcgrad.ipynb #db5d62f6
+# %% ../nbs/07_pcgrad.ipynb #9b07bdcf
 class PCGrad:
     "Gradient surgery for any torch model: its `backward` takes the place of the loss's."
     def __init__(self,
@@ -243,7 +244,7 @@ class PCGrad:
         w = [1.]
         if reached and len(grads) > 1:
             G = gramian(list(zip(*reached)))                       # (T, T)
-            w = _agree(self.weigh(G), reached[0][0].device).tolist()
+            w = _agree(self.weigh(G), reached[0][0].device).tolist()    # the same everywhere
         return [None if g is None else _weighted_sum(g, w) for g in parts]
 
 def _find_weighting(name):
