@@ -191,7 +191,7 @@ def tokenise(
         pieces[split] = {name: read(some) for name, some in sets.items()}
     return pieces
 
-# %% ../nbs/10_mlm.ipynb #677ec41d
+# %% ../nbs/10_mlm.ipynb #8ad27b48
 class MlmHead(nn.Module):
     "From hidden states to logits over the vocabulary, through a word table that is not its own."
     def __init__(self,
@@ -209,7 +209,7 @@ class MlmHead(nn.Module):
         h:Tensor, # (k, d) hidden states at the chosen places
         table:Tensor, # (V, e) word vectors
     ) -> Tensor: # (k, V)
-        "LN(gelu(h W)) Eᵀ + b."
+        "E LN(gelu(W h + w)) + b at every chosen place."
         return F.linear(self.LayerNorm(F.gelu(self.dense(h))), table, self.bias)
 
     @torch.no_grad()
@@ -236,7 +236,7 @@ def encoder_flops(
     d, m = c.hidden_size, c.intermediate_size
     return 2 * c.num_hidden_layers * r * n * (4 * d * d + 2 * n * d + 2 * d * m)
 
-# %% ../nbs/10_mlm.ipynb #afe281f1
+# %% ../nbs/10_mlm.ipynb #182effc2
 def token_counts(
     texts:dict[str, list[np.ndarray]], # data set → token ids
     vocab_size:int, # V
@@ -244,9 +244,9 @@ def token_counts(
     "How often each token occurs, as if every data set were of the same size."
     count = [np.bincount(np.concatenate(x), minlength=vocab_size) for x in texts.values()]
     share = sum(c / c.sum() for c in count) / len(count)
-    return share * sum(c.sum() for c in count)
+    return share * sum(c.sum() for c in count) # counts again, beside which adding 1 is little
 
-# %% ../nbs/10_mlm.ipynb #054bb2b6
+# %% ../nbs/10_mlm.ipynb #3ca32d30
 class MlmModel(nn.Module):
     "A BERT that guesses hidden words, as the training loop wants it."
     masking = Masking() # 80/10/10
@@ -367,7 +367,8 @@ class MlmModel(nn.Module):
         ids = [facts.cls]
         for part in text.split("[MASK]"):
             ids += [*tokenizer.encode(part, add_special_tokens=False).ids, facts.mask]
-        ids = torch.tensor([[*ids[:-1], facts.sep]], device=next(self.parameters()).device)
+        ids[-1] = facts.sep # no blank follows the last part
+        ids = torch.tensor([ids], device=next(self.parameters()).device)
         at = (ids[0] == facts.mask).nonzero().flatten()
         with evaluating(self):
             p = self("mlm", TextBatch(ids, torch.ones_like(ids), at, ids)).float().softmax(-1)
@@ -428,7 +429,7 @@ reading_presets = {
     "report": PretrainConfig(60000, 128, 1e-4, max_length=128, dropout=.1, evals=20,
                              held_texts=500, gen_width=1.0, gen_depth=0.5)}
 
-# %% ../nbs/10_mlm.ipynb #db7c45c4
+# %% ../nbs/10_mlm.ipynb #7470c871
 def _cost(model, batch):
     "Tokens and operations of one batch."
     return {"tokens": int(batch.attention_mask.sum()), "flops": model.flops(batch)}
@@ -463,7 +464,7 @@ class TextData:
             seed = self.seed * 1000 + k
             feeds[name] = feed(partial(order, lengths, self.config.batch_size, seed))
         turns = islice(round_robin(feeds), start, None)
-        for number, [(name, index)] in enumerate(turns, start):
+        for number, [(name, index)] in enumerate(turns, start): # one data set per turn
             rows = [self.texts["train"][name][i] for i in index]
             rng = np.random.default_rng([self.seed, number])
             yield mask_texts(rows, self.facts, self.masking, rng, name)
