@@ -105,14 +105,14 @@ def radius(
         r = torch.nextafter(r, torch.zeros_like(r))
     return float(r)
 
-# %% ../nbs/09_smart.ipynb #09c0cb64
+# %% ../nbs/09_smart.ipynb #62af820d
 def sup_norm(
     g:Tensor, # (r, n, d) gradients of the rows
     parts:int=1, # sequences of one example: all first ones, then all second ones
 ) -> Tensor: # (r, 1, 1)
     "The largest entry of each example's gradient."
     by_row = g.abs().flatten(1).amax(1)                           # (r,)
-    by_example = by_row.view(parts, -1).amax(0)                   # (parts, b) → (b,)
+    by_example = by_row.view(parts, -1).amax(0)                   # (b,), larger of two sentences
     return by_example.repeat(parts)[:, None, None].clamp(min=torch.finfo(g.dtype).tiny)
 
 # %% ../nbs/09_smart.ipynb #6ceee01c
