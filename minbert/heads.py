@@ -106,7 +106,7 @@ losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "cosine_mse
 # %% ../nbs/04_heads.ipynb #7e0aa939
 @dataclass(frozen=True)
 class HeadConfig:
-    "How one task reads BERT."
+    "How a task uses BERT's output."
     task: Task # what is asked
     pairs: str = "cross" # cross or separate; a single text is always one sequence
     pool: str = "mean" # a key of pools
@@ -213,8 +213,11 @@ def decode(
         return scores.clamp(t.low, t.high)
     if not t.binary:
         return logits.argmax(-1)
-    edge = c.threshold if c.cosine else {"bce": 0., "mse": .5}[c.loss]
-    return (logits >= edge).long()
+    if c.cosine:
+        return (logits >= c.threshold).long()
+    if c.loss == "mse":                                     # its target is 0 or 1
+        return (logits >= .5).long()
+    return (logits >= 0).long()                             # a probability of one half
 
 # %% ../nbs/04_heads.ipynb #59542763
 class MultitaskBert(nn.Module):
