@@ -22,6 +22,7 @@ def processed(checkout):
     program = "from nbdev.quarto import refresh_quarto_yml\nfrom nbdev.serve import proc_nbs\nif __name__ == '__main__':\n    refresh_quarto_yml()\n    proc_nbs(n_workers=1)"
     got = run(sys.executable, "-c", program, cwd=copy, timeout=400)
     assert got.returncode == 0, got.stderr[-1500:]
+    assert "Warning" not in got.stderr, got.stderr[:1500]
     return copy/"_proc"
 
 
