@@ -45,7 +45,7 @@ def test_the_other_sign_asks_the_other_way_round(capsys):
 
 
 def test_a_row_with_one_seed_gets_a_wider_interval(capsys):
-    one = next(r for r in ("E10", "E12", "E17", "E6") if len(scores(r, "overall")) == 1)
+    one = next(r for r in ("E18", "E1") if len(scores(r, "overall")) == 1)
     wide, narrow = (json.loads(claim(capsys, f"{x} > E11", "--json")) for x in (one, "E13"))
     assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
 

@@ -148,7 +148,7 @@ def test_a_chapter_runs(lab, copy):
     assert panel.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
 
     assert without_values(path) != without_values(committed) # counts, at least
-    assert "`nbdev_clean` takes them out" in (ROOT / "README.md").read_text()
+    assert "`nbdev_clean` removes them" in (ROOT / "README.md").read_text()
     got = run(Path(sys.executable).with_name("nbdev_clean"), cwd=copy)
     assert got.returncode == 0, got.stderr
     assert without_values(path) == without_values(committed)
