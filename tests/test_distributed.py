@@ -170,11 +170,11 @@ def fine_tuning(mixing, plugs=(), pairs="concat", dropout=0., rows=43):
     return model.to(pick_device()), TaskData(splits, mixing, sizes, eval_rows=40), plugs
 
 
-def reading(kind, dropout=0.):
+def reading(kind, dropout=0., sharing="es"):
     "Texts of the same tasks."
     much = replace(reading_presets["pocket"], dropout=dropout, batch_size=5)
     bert = pocket_bert().to(pick_device())
-    model, data, _ = pretraining(bert, load_tasks("pocket").limit(60), kind, "es", much)
+    model, data, _ = pretraining(bert, load_tasks("pocket").limit(60), kind, sharing, much)
     return model, data, (ClipParts(),) if kind == "rtd" else ()
 
 
@@ -257,15 +257,18 @@ def test_resumed_with_another_number_of_processes(alone, tmp_path, monkeypatch):
 # With random draws: N processes against one that computes their parts with their draws
 
 class Lanes:
-    "A step's parts, process by process, each under the random state of its process."
-    def __init__(self, parts):
+    "A step's parts, process by process, each under the random state and with the samples of its process."
+    def __init__(self, parts, model, carried):
         self.parts = parts # per process: (task, batch)
+        self.model, self.carried = model, carried # per process: what RTD keeps for its next step
 
     def __iter__(self):
         first = torch.initial_seed()
         for rank, part in reversed([*enumerate(self.parts)]): # the writer's state goes on
             torch.manual_seed(first + (rank << 52))
+            self.model._carried = self.carried[rank]
             yield from part
+            self.carried[rank] = self.model._carried
 
 
 class OneByOne(Plug):
@@ -274,19 +277,19 @@ class OneByOne(Plug):
         self.model, self.n, self.inner = model, n, combine
 
     def split(self, steps):
+        carried, cut = [getattr(self.model, "_carried", None)] * self.n, {}
         for step in steps:
             parts, self.shares = [[] for _ in range(self.n)], []
+            cut = {k: x for k, x in cut.items() if any(x[0] is b for _, b in step)}
             for rank, mine in reversed([*enumerate(parts)]):
                 for task, batch in step:
                     rows = np.arange(rank, len(batch), self.n)
-                    if len(rows):
-                        mine.append((task, take(batch, rows)))
+                    if len(rows): # steps that share a batch share its parts
+                        _, part = cut.setdefault((rank, id(batch)), (batch, take(batch, rows)))
+                        mine.append((task, part))
                         whole = count_terms(self.model, task, batch)
                         self.shares.append(count_terms(self.model, *mine[-1]) / whole)
-                shared_text = {id(b): p for (_, b), (_, p) in zip(step, mine)}
-                if len(step) == len(mine): # one text for both tasks of replaced-token detection
-                    mine[:] = [(t, shared_text[id(b)]) for t, b in step]
-            yield Lanes(parts)
+            yield Lanes(parts, self.model, carried)
 
     def combine(self, losses, shared):
         self.inner(((t, loss * w) for (t, loss), w in zip(losses, self.shares)), shared)
@@ -294,7 +297,7 @@ class OneByOne(Plug):
 
 # 45 rows: one after another, the parts then bring the tasks in the order of the whole step
 DRAWN = {"smart": partial(fine_tuning, summed, (Smart(lam=1.), Surgery()), dropout=.1, rows=45),
-         "replaced tokens": partial(reading, "rtd", .1)}
+         **{f"replaced tokens, {s}": partial(reading, "rtd", .1, s) for s in ("es", "nes", "gdes")}}
 
 
 def drawn(name, n=0):
@@ -319,7 +322,8 @@ def save_drawn(folder, name):
     torch.save(drawn(name), folder / f"{dist_rank()}.pt")
 
 
-@pytest.mark.parametrize("n, name", [(2, "replaced tokens"), (3, "smart")])
+@pytest.mark.parametrize("n, name", [(2, "replaced tokens, es"), (2, "replaced tokens, nes"),
+                                     (2, "replaced tokens, gdes"), (3, "smart")])
 def test_with_draws_each_process_has_its_own(n, name, tmp_path, monkeypatch):
     monkeypatch.setenv("MINBERT_PRECISION", "fp32")
     assert together(n, save_drawn, tmp_path, name) == [0] * n
