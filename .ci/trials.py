@@ -32,7 +32,7 @@ def counts(text):
 
 if __name__ == "__main__":
     total = sum((counts(Path(name).read_text()) for name in sys.argv[1:]), Counter())
-    made = {k: v for k, v in environment().items() if k in ("processor", "versions", "commit")}
+    made = {k: v for k, v in environment().items() if k in ("processor", "versions")}
     place = Path(__file__).resolve().parent.parent / "nbs/results/trials.json"
     place.write_text(json.dumps({"about": "how often the long tests tried each fault; every trial passed", **made,
                                  "trials": dict(total)}, indent=1) + "\n")
