@@ -316,3 +316,15 @@ def test_the_chapter_lists_every_key_and_its_default():
             assert json.loads(told.strip("`")) == json.loads(json.dumps(getattr(record, key))), key
     assert int(table["batch_size"]) == record.batch_size and head_for(
         Task("a", "score", text=("b", "c"))).pairs == json.loads(table["head"].strip("`"))
+
+
+def test_a_log_file_is_told_at_each_look(tmp_path, capsys, monkeypatch):
+    "No bar, but how far, how good, and how long it still takes; nothing where bars are switched off."
+    argv = ["run", "E9", "--preset", "pocket", "--data", "pocket", "--epochs", ".1", "--out"]
+    for name, off, told in (("a", "", 2), ("b", "1", 0)):
+        monkeypatch.setenv("TQDM_DISABLE", off)
+        assert main([*argv, str(tmp_path / name)]) == 0
+        err = capsys.readouterr().err
+        looks = re.findall(r"^training: (\d+) of (\d+) steps, overall 0\.\d+ on dev, about .+ left$", err, re.M)
+        assert len(looks) == told and "%|" not in err, err
+        assert not told or looks[-1][0] == looks[-1][1]
