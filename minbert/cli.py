@@ -95,7 +95,7 @@ def command_recipes(
         text = f"{row:<4} {name}" + (f": {note}" if note else "")
         print(fill(text, 98, initial_indent="  ", subsequent_indent="       "))
 
-# %% ../nbs/A9_cli.ipynb #81db516e
+# %% ../nbs/A9_cli.ipynb #1a6c3ec0
 @command
 def command_run(
     row:str, # row of the reports: E1 to E18, S1 to S10; or best, our own
@@ -133,11 +133,11 @@ def _ended(result, out, limit=""):
     cut = sum(result.get("truncated", {}).values())
     if cut:
         _say(f"{cut} training texts were too long and were cut{limit}")
-    _say(f"scores on dev, {result['wall_s']:.0f} s, {result['peak_rss_mb']} MB; "
+    _say(f"scores on dev, trained in {result['wall_s']:.0f} s, {result['peak_rss_mb']} MB at most; "
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #2876c4dd
+# %% ../nbs/A9_cli.ipynb #d0cfdb15
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -170,7 +170,10 @@ def command_train(
     corpus = load_tasks(tasks)
     choice = {"method": method, "smart": smart, "mixing": mixing, "init": init, "epochs": epochs,
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
-    result = train(out, *_task_job(corpus, choice), resume=resume)
+    model, job_data, config, plugs = _task_job(corpus, choice)
+    own = os.path.exists(tasks) # a path, said as seen from the run: both may move together
+    job_data.info["data"] = os.path.relpath(tasks, out) if own else tasks
+    result = train(out, model, job_data, config, plugs, resume=resume)
     by_writer(_predict_tests, out, corpus, device)
     by_writer(_add_card, out, corpus, result, init, device)
     _ended(result, out, f" after {max_length} tokens (--max_length)")
@@ -631,7 +634,7 @@ def command_bench(
         write_atomic(json, dumps(got) + "\n")
     print(*bench_summary(got), sep="\n")
 
-# %% ../nbs/A9_cli.ipynb #475077eb
+# %% ../nbs/A9_cli.ipynb #c7f6115d
 @command
 def command_tensorboard(
     run:Param("run directories, or a folder of them, such as runs", str, opt=False, nargs="+"),
@@ -647,7 +650,8 @@ def command_tensorboard(
     if not follow:
         _write_events(run, {}, False)
         return _say(f"event files written: {len(places)}; see them with: {look}")
-    _say(f"following until Ctrl-C; in another terminal: {look}")
+    waits = f"; nothing in {run[0]} yet" * (not places)
+    _say(f"following until Ctrl-C{waits}; in another terminal: {look}")
     _follow_runs(run)
 
 def _run_dirs(paths):
@@ -678,12 +682,12 @@ def _follow_runs(paths):
     except KeyboardInterrupt:
         return
 
-# %% ../nbs/A9_cli.ipynb #20f183b3
-def _scored(model, data, split):
+# %% ../nbs/A9_cli.ipynb #423ed85a
+def _scored(model, run, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
     from minbert.core import UserError
     from minbert.data import load_tasks
-    corpus = load_tasks(data, tuple(model.configs))
+    corpus = load_tasks(_its_data(run) if data == "auto" else data, tuple(model.configs))
     rows = {}
     for t in model.configs:
         if split not in corpus[t] or corpus[t][split].labels is None:
@@ -692,13 +696,25 @@ def _scored(model, data, split):
         rows[t] = corpus[t][split]
     return rows, corpus
 
+def _its_data(run):
+    "What a run of one's own tasks was trained on; auto for all others."
+    from minbert.core import UserError, read_json
+    config = Path(run) / "config.json"
+    place = read_json(config).get("data", "auto") if config.exists() else "auto"
+    if place in ("auto", "pocket"):
+        return place
+    place = os.path.relpath(Path(run) / place)
+    if not os.path.exists(place):
+        raise UserError(f"{run}: its data are no longer in {place}; name them with --data")
+    return place
+
 @command
 def command_evaluate(
     run:str, # run directory
     file:Param("a labelled file to score, for one task", str, opt=False, nargs="?")="",
     task:str="", # whose file it is; default: the model's only task
     split:str="dev", # dev or train, without a file
-    data:str="auto", # data directory or task file; auto: see 'minbert data'
+    data:str="auto", # data directory or task file; auto: what it was trained on
     device:str="auto", # auto, cpu, cuda or mps
     json:bool=False, # JSON on a terminal, too; in files and pipes it always is
 ):
@@ -711,7 +727,7 @@ def command_evaluate(
         name = task or (next(iter(model.configs)) if len(model.configs) == 1 else "")
         rows = {name: read_rows(file, _config(model, name).task, "dev")}
     else:
-        rows, corpus = _scored(model, data, split)
+        rows, corpus = _scored(model, run, data, split)
         config = Path(run) / "config.json"
         trained_on = read_json(config).get("data_fingerprint", "") if config.exists() else ""
         if trained_on and trained_on.split("-limit")[0] != corpus.fingerprint:

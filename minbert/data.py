@@ -129,7 +129,7 @@ ids-cfimdb-test-student.csv sha256:7ae611548c9eac879e9ebb406cc9f8ae68ff12f78090e
 registry = dict(line.split() for line in _hashes.split("\n") if line)
 pinned = {pin.removeprefix("sha256:") for pin in registry.values()}
 
-# %% ../nbs/00_data.ipynb #d84ca5d4
+# %% ../nbs/00_data.ipynb #bea0dc89
 def load_tasks(
     source:str|Path="auto", # a task file or a directory, "auto" (see above) or "pocket"
     names:Sequence[str]|None=None, # tasks; by default all of a task file, else the main ones
@@ -145,8 +145,16 @@ def load_tasks(
         return _read_own(source, names)
     return _read_handout(source, tuple(names or main_tasks))
 
+def _check_known(names):
+    "Are these tasks of the handout?"
+    for name in names:
+        if name not in tasks:
+            raise UserError(f"unknown task {name!r}; choose {', '.join(tasks)}, "
+                            "or name the task file it is from")
+
 def _find_data(names, fallback):
     "A directory that has the handout's files, if need be by fetching them."
+    _check_known(names)
     needed = {f for n in names for f in (tasks[n].train, tasks[n].dev)}
     for place in [*(root / "data" for root in checkouts()), cache_dir()]:
         if needed <= set(_find_handout(place, names)):
@@ -174,9 +182,7 @@ def _find_handout(directory, names):
 
 def _read_handout(directory, names):
     "Read the handout's files below a directory; train and dev of each task must be there."
-    for name in names:
-        if name not in tasks:
-            raise UserError(f"unknown task {name!r}; choose {', '.join(tasks)}")
+    _check_known(names)
     if not Path(os.path.expanduser(directory)).is_dir():
         raise UserError(f"{directory}: no such data directory (and no task file, NAME.toml); "
                         "give one with --data or MINBERT_DATA")

@@ -245,7 +245,7 @@ def _put_back(part, state):
     else:
         part.load_state_dict(state)
 
-# %% ../nbs/A6_runs.ipynb #1a660022
+# %% ../nbs/A6_runs.ipynb #0f4c236d
 class RunDir:
     "A run's files."
     def __init__(self,
@@ -346,7 +346,8 @@ def _compare(path, config):
         raise UserError(f"{path}: no run to resume ({e})") from None
     if not set(old) & set(config):
         raise UserError(f"{path}: no run to resume, its config.json is not a run's")
-    places = ("device", "processor", "precision", "threads", "processes", "versions", "commit")
+    places = ("device", "processor", "precision", "threads", "processes", "versions", "commit",
+              "data")
     found = [(k, f"{k} was {a} and is now {b}") for k, a, b in _differences(old, config)]
     for key, what in found:
         if key.split(".")[0] not in places:

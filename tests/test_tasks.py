@@ -102,10 +102,13 @@ def test_one_task_with_names_for_labels(topic, tmp_path, capsys):
     assert got["examples"] == {"topic": RunDir(out).result()["examples"]["topic"]}
     assert steps * 8 * .9 < got["examples"]["topic"] <= steps * 8
     capsys.readouterr()
-    for more in (["--data", str(tasks)], [str(tmp_path / "topics-dev.csv")]):
+    for more in ([], ["--data", str(tasks)], [str(tmp_path / "topics-dev.csv")]):
         assert main(["evaluate", str(out), *more]) == 0
         scores = json.loads(capsys.readouterr().out)
         assert abs(scores["topic"] - got["dev"]["topic"]) < 1e-5
+    tasks.rename(tmp_path / "elsewhere.toml") # a run says where its task file was
+    assert main(["evaluate", str(out)]) == 1
+    assert "name them with --data" in capsys.readouterr().err
     answers = predicted(out, "topic", tmp_path / "topics-dev.csv", tmp_path)
     truth = [topic for _, topic in headlines(18, 1)]
     right = sum(a["prediction"] == t for a, t in zip(answers, truth, strict=True))
