@@ -137,7 +137,7 @@ def _ended(result, out, limit=""):
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #d0cfdb15
+# %% ../nbs/A9_cli.ipynb #35f88671
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -179,10 +179,12 @@ def command_train(
     _ended(result, out, f" after {max_length} tokens (--max_length)")
 
 def _add_card(out, corpus, result, init, device):
-    "A model card, unless one is there; and a line for each task that stays below a floor."
+    "A model card and curves, unless they are there; a line for each task below its floor."
+    from minbert.runs import RunDir
     if (out / "model" / "README.md").exists():
         return
     floors = _all_floors(corpus, init, device)
+    _draw_curves(out / "curves.png", RunDir(out).metrics(), floors.max().to_dict())
     _write_card(out, corpus, result, init, floors.max())
     for line in _below(corpus, result, floors):
         _say(line)
@@ -231,7 +233,7 @@ The floors need no training: the commonest label, the words that two texts share
 of the starting encoder's vectors.
 
     from minbert.heads import MultitaskBert
-    MultitaskBert.from_pretrained("{name}").predict("{task}", {example}) # a directory, this one
+    MultitaskBert.from_pretrained("{name}").predict("{task}", {example}) # the run directory
 
 The encoder alone opens with AutoModel.from_pretrained of transformers. What the texts are, where
 they come from, and what the model should not be used for: please write it here.
@@ -947,21 +949,19 @@ def _demo_table(corpus, before, out):
     columns = ["task", "rows", *_floors.values(), "trained", "over best floor", "verdict"]
     return pd.DataFrame(lines, columns=columns, index=list(corpus.tasks))
 
-# %% ../nbs/A9_cli.ipynb #fe866f48
-def _demo_figure(path, log, floors):
-    "Loss and score curves."
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+# %% ../nbs/A9_cli.ipynb #fd90c6b3
+def _draw_curves(path, log, floors):
+    "Loss and score curves, as a picture."
+    from matplotlib.figure import Figure
 
     from minbert.core import figure_style
     from minbert.train import plot_losses, plot_scores
     figure_style()
-    fig, axs = plt.subplots(1, 2, figsize=(7.5, 3))
-    plot_losses(axs[0], log, 10).set_title("Training loss")
-    plot_scores(axs[1], log, floors).set_title("Dev scores (dashed: best floor)")
+    fig = Figure(figsize=(7.5, 3))
+    left, right = fig.subplots(1, 2)
+    plot_losses(left, log, 10).set_title("Training loss")
+    plot_scores(right, log, floors).set_title("Dev scores (dashed: best floor)")
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 def _numbered(name):
     "The first of NAME-1, NAME-2, … that is not there yet."
@@ -982,7 +982,7 @@ def _demo_corpus(data, rows):
         keep[t] = {"train": s["train"], "dev": s["dev"].take(some)}
     return replace(full, rows=keep, limited=rows), full.fingerprint
 
-# %% ../nbs/A9_cli.ipynb #e9d48aea
+# %% ../nbs/A9_cli.ipynb #6c8066dc
 @command
 def command_demo(
     out:str="", # run directory; default: the first free one of runs/demo-1, runs/demo-2, …
@@ -1011,7 +1011,7 @@ def command_demo(
     result = train(out, model, job_data, config, progress=sys.stderr.isatty())
     table = _demo_table(corpus, {} if init == "pocket" else before, out)
     floors = table[list(_floors.values())].max(axis=1).to_dict()
-    _demo_figure(out / "curves.png", RunDir(out).metrics(), floors)
+    _draw_curves(out / "curves.png", RunDir(out).metrics(), floors)
     texts["after"] = example_answers(model)["answer"]   # the model that was kept
     _demo_report(table, texts, corpus, result, out)
 
