@@ -309,7 +309,7 @@ def ratio_to(
     m = table.groupby("loop", sort=False).seconds.median()
     return m / m[plain]
 
-# %% ../nbs/A7_bench.ipynb #fc9d0e1b
+# %% ../nbs/A7_bench.ipynb #665800f8
 def ceiling(
     dtype:torch.dtype, # precision of the product
     device:str="cpu", # where
@@ -330,8 +330,11 @@ def ceiling(
     return best
 
 def _ceilings(device):
-    "The ceiling in both precisions, GFLOP/s."
-    return {"fp32": ceiling(torch.float32, device), "bf16": ceiling(torch.bfloat16, device)}
+    "The ceiling in each precision that is used there, GFLOP/s."
+    used = {"fp32": torch.float32}
+    if has_bf16(torch.device(device)):
+        used["bf16"] = torch.bfloat16
+    return {name: ceiling(dtype, device) for name, dtype in used.items()}
 
 # %% ../nbs/A7_bench.ipynb #0d50823a
 class TorchJD(Plug):
