@@ -21,7 +21,8 @@ def cell_text(n, cell, files):
     if "hide" in directives: return ""
     code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
     alt = directives.get("fig-alt", "").strip('"')
-    parts = [] if directives.get("echo") == "false" else [f"```python\n{code}\n```"]
+    folded = directives.get("echo") == "false" or directives.get("code-fold") == "true"
+    parts = [] if folded else [f"```python\n{code}\n```"]
     for k, out in enumerate(cell.get("outputs", []), 1):
         if "text/markdown" in out.get("data", {}): parts.append("".join(out["data"]["text/markdown"]))
         if "text" in out and out.get("name") == "stdout": parts.append("```\n" + "".join(out["text"]).rstrip() + "\n```")

@@ -1,14 +1,21 @@
-"""The front page's pictures: a figure of each of six chapters, small. `python .ci/thumbs.py` makes them anew after a chapter's figure has changed."""
+"""The front page's pictures: a part of a chapter's figure each, so large that its letters can be read.
+
+`python .ci/thumbs.py` makes them anew after a chapter's figure has changed.
+"""
 import base64
 import io
 import json
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 nbs = Path(__file__).resolve().parent.parent / "nbs"
-chapters = {"02_bert": 0, "04_heads": 0, "07_pcgrad": 0, "08_conflicts": 0, "09_smart": 0, "11_electra": 1} # which of its stored figures
-size = (400, 240)
+parts = {                                  # chapter: which of its stored figures, and left, top, right, bottom of the part
+    "02_bert": (0, (0, 0, 1, 1)),
+    "04_heads": (0, (.478, 0, 1, 1)),
+    "07_pcgrad": (0, (0, 0, 1, .455)),
+    "09_smart": (0, (0, 0, .68, 1))}
+size = (480, 280)
 
 
 def figure(name, number):
@@ -19,14 +26,18 @@ def figure(name, number):
     return Image.open(io.BytesIO(base64.b64decode(pictures[number])))
 
 
-def card(image):
-    "The picture on a white card of one size, so that it can be seen in dark mode, too."
-    image = image.convert("RGBA")
+def card(image, part):
+    "A part of the picture on a white card of one size, so that it can be seen in dark mode, too."
+    box = [round(x * length) for x, length in zip(part, image.size * 2)]
+    image = image.convert("RGBA").crop(box)
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    image = white.crop(ImageChops.difference(white.convert("RGB"), Image.new("RGB", image.size, "white")).getbbox())
     image.thumbnail((size[0] - 16, size[1] - 16), Image.LANCZOS)
     made = Image.new("RGBA", size, "white")
     made.alpha_composite(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return made.convert("RGB").quantize(128)
 
 
-for name, number in chapters.items():
-    card(figure(name, number)).save(nbs / f"thumb_{name}.png", optimize=True)
+for name, (number, part) in parts.items():
+    card(figure(name, number), part).save(nbs / f"thumb_{name}.png", optimize=True)

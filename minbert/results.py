@@ -541,36 +541,62 @@ def verdict_words(
     lost = ", not after Holm" if getattr(line, "holm", 0) > .05 else ""
     return f"{line.verdict} by {abs(line.ours):.3f}{small or lost}"
 
-# %% ../nbs/A6b_results.ipynb #95a6f2b2
+# %% ../nbs/A6b_results.ipynb #8d272cdd
 def plot_forest(
     lines:pd.DataFrame, # from `headline`
-): # the axes: all of it, and the middle magnified
+    headings:dict|None=None, # group → heading: one panel, in groups, with figures for verdicts
+): # the axes: all of it, and, without headings, the middle magnified
     "Named contrasts with our interval, the report's diamond, the margin and the verdict."
     import matplotlib.pyplot as plt
     margin, score = margins[lines.score.iloc[0]], score_names[lines.score.iloc[0]]
-    fig, (ax, near) = plt.subplots(1, 2, sharey=True, figsize=(7.5, .32 * len(lines) + 1.4),
-                                   layout="constrained")
-    for panel in (ax, near):
+    lines, titles = _in_groups(lines, headings or {})
+    rows = len(lines) + len(titles)
+    fig, axes = plt.subplots(1, 1 if headings else 2, sharey=True, squeeze=False,
+                             figsize=(7.5, .32 * rows + 1.4), layout="constrained")
+    for panel in axes[0]:
         panel.axvspan(-margin, margin, color="#dddddd", zorder=0, lw=0)
         panel.axvline(0, color="#555555", lw=1, zorder=1)
         panel.grid(axis="y", visible=False)
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+.2f}".replace("0.", ".") if x else "0")
-        for y, e in enumerate(lines.itertuples()):
-            _draw_contrast(panel, y, e)
-    for y, e in enumerate(lines.itertuples()):
-        near.annotate(verdict_words(e), (1.03, y), xycoords=("axes fraction", "data"),
-                      va="center", fontsize=9, color=_color(e))
+        panel.xaxis.set_major_formatter(lambda x, _: _signed(x, 2) if x else "0")
+        for e in lines.itertuples():
+            _draw_contrast(panel, e.y, e)
+    ax, last = axes[0, 0], axes[0, -1]
+    for e in lines.itertuples():
+        last.annotate(_signed(e.ours, 3) if headings else verdict_words(e), (1.03, e.y),
+                      xycoords=("axes fraction", "data"), va="center", fontsize=9,
+                      color=_color(e))
     low, high = np.nanmin([lines.low, lines.report]), np.nanmax([lines.high, lines.report])
-    ax.set_yticks(range(len(lines)), lines.name)
-    ax.set(ylim=(len(lines) - .4, -.6), xlim=(1.1 * min(low, -.01), 1.06 * max(high, .01)))
-    near.set(xlim=(-4 * margin, 4 * margin), title="the middle, magnified")
-    near.title.set(fontsize=9, fontweight="normal")
+    ax.set_yticks([*lines.y, *titles.values()], [*lines.name, *titles])
+    for label in ax.get_yticklabels()[len(lines):]:
+        label.set_fontweight("bold")
+    ax.set(ylim=(rows - .4, -.6), xlim=(1.1 * min(low, -.01), 1.06 * max(high, .01)))
+    if not headings:
+        last.set(xlim=(-4 * margin, 4 * margin), title="the middle, magnified")
+        last.title.set(fontsize=9, fontweight="normal")
+    words = "" if headings else "   open: cannot say"
     fig.supxlabel(f"difference of the {score} dev score\n● ours, 95 %   ◇ the report's   "
-                  "grey: counts as none   open: cannot say", fontsize=9)
-    return ax, near
+                  f"grey: counts as none{words}", fontsize=9)
+    return tuple(axes[0])
+
+def _in_groups(lines, headings):
+    "Lines with their height y from the top, and heading → y."
+    if not headings:
+        return lines.assign(y=range(len(lines))), {}
+    words = lines.group.map(headings)
+    place = words.map(list(dict.fromkeys(headings.values())).index)
+    lines = lines.assign(heading=words).iloc[place.argsort(kind="stable")]
+    first = ~lines.heading.duplicated()
+    lines = lines.assign(y=np.arange(len(lines)) + first.cumsum())
+    return lines, dict(zip(lines.heading[first], lines.y[first] - 1))
+
+def _signed(x, digits):
+    "A difference without the zero before its point."
+    return f"{x:+.{digits}f}".replace("0.", ".").replace("-", "−")
 
 def _color(e):
-    "Of a contrast, by its verdict."
+    "Of a contrast, by its verdict; black where that falls when all lines are counted together."
+    if getattr(e, "holm", 0) > .05:
+        return "#333333"
     return {"better": palette[0], "worse": palette[4]}.get(e.verdict, "#333333")
 
 def _draw_contrast(ax, y, e):
