@@ -60,7 +60,7 @@ def _concat_diff(u, v):
 
 features = {"concat": _concat, "concat_diff": _concat_diff}
 
-# %% ../nbs/04_heads.ipynb #aac95367
+# %% ../nbs/04_heads.ipynb #08938d5e
 class Output(NamedTuple):
     "What a head says about a batch."
     logits: Tensor # (b, C) for three labels or more, else (b,): logit, score, or cosine
@@ -98,12 +98,13 @@ def _mnrl(out, labels, c, scale=20.):
     u, v = (F.normalize(x[keep], dim=-1) for x in (out.u, out.v))   # (K, d) each
     if len(u) == 0:
         return out.u.sum() * 0                                    # no positive pair: zero gradient
-    return F.cross_entropy(scale * u @ v.T, torch.arange(len(u), device=u.device))
+    own = torch.arange(len(u), device=u.device)                   # row i must choose column i
+    return F.cross_entropy(scale * u @ v.T, own)
 
 losses = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "cosine_mse": _cosine_mse,
           "cosine_embedding": _cosine_embedding, "mnrl": _mnrl}
 
-# %% ../nbs/04_heads.ipynb #7e0aa939
+# %% ../nbs/04_heads.ipynb #d278ef2d
 @dataclass(frozen=True)
 class HeadConfig:
     "How a task uses BERT's output."
@@ -155,7 +156,7 @@ def _fitting_losses(c):
         return "mse",
     return ("bce", "mse") if c.task.binary else ("cross_entropy",)
 
-# %% ../nbs/04_heads.ipynb #118c531b
+# %% ../nbs/04_heads.ipynb #9634fb17
 def head_for(
     task:Task, # its head and loss may be empty: the natural ones
 ) -> HeadConfig:
@@ -219,7 +220,7 @@ def decode(
         return (logits >= .5).long()
     return (logits >= 0).long()                             # a probability of one half
 
-# %% ../nbs/04_heads.ipynb #59542763
+# %% ../nbs/04_heads.ipynb #684e8406
 class MultitaskBert(nn.Module):
     "One BERT, one head per task."
     def __init__(self,
@@ -268,6 +269,7 @@ class MultitaskBert(nn.Module):
         kinds = {"cross_entropy": "classes", "bce": "logit"}
         return kinds.get(self.configs[task].loss, "number")
 
+# %% ../nbs/04_heads.ipynb #82acdc85
 def _key(task):
     "A task's name, changed where torch's dictionary of modules would not take it."
     return f"{task}-" if hasattr(_plain, task) else task    # "train" is a method of every module
@@ -286,7 +288,6 @@ def _check_heads(heads, config, max_length):
             raise UserError(f"head of {c.task.name}: this encoder has one token type, so it cannot "
                             "read a pair as one sequence; encode pairs separately (cosine, concat)")
 
-# %% ../nbs/04_heads.ipynb #eb3cea5c
 def make_batch(
     model:MultitaskBert, # knows the encoding and the special tokens
     task:str, # name of a task
@@ -297,7 +298,7 @@ def make_batch(
     batch = collate(encoded, index, model.configs[task].pairs, model.max_length, model.special)
     return batch.to(next(model.parameters()).device)
 
-# %% ../nbs/04_heads.ipynb #66afd61e
+# %% ../nbs/04_heads.ipynb #75d70eae
 def _numbers(predicted, labels):
     "Both as arrays (rows,), checked."
     p, y = (np.asarray(x, dtype=np.float64) for x in (predicted, labels))
@@ -315,7 +316,7 @@ def accuracy(
     p, y = _numbers(predicted, labels)
     return float((p == y).mean())
 
-# %% ../nbs/04_heads.ipynb #922cfebd
+# %% ../nbs/04_heads.ipynb #11b848af
 def macro_f1(
     predicted:np.ndarray, # (rows,) class numbers
     labels:np.ndarray, # (rows,) class numbers
@@ -341,7 +342,7 @@ def pearson(
 
 metrics = {"accuracy": accuracy, "pearson": pearson}
 
-# %% ../nbs/04_heads.ipynb #a1b20c0c
+# %% ../nbs/04_heads.ipynb #e212bb15
 def overall(
     scores:dict[str, float], # task → score
     tasks:dict[str, Task], # the tasks to average over
@@ -352,7 +353,7 @@ def overall(
                for name, t in tasks.items()]
     return {**scores, "overall": sum(brought) / len(raw), "overall_raw": sum(raw) / len(raw)}
 
-# %% ../nbs/04_heads.ipynb #d84e880b
+# %% ../nbs/04_heads.ipynb #ee63465b
 def _by_tokens(lengths, tokens=2048):
     "Batches of rows of similar length, each with at most so many tokens, padding included."
     batches = [[]]
@@ -404,7 +405,7 @@ def encoder_cosine(
     encoded = encode(load_tokenizer(bert.vocab, bert.lowercase), rows)
     return predict_logits(MultitaskBert(bert, [head]), rows.task.name, encoded).numpy()
 
-# %% ../nbs/04_heads.ipynb #70f8f5c6
+# %% ../nbs/04_heads.ipynb #7db1f4c1
 def encoder_floor(
     bert:BertModel, # any encoder
     corpus:Corpus, # any tasks
