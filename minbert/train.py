@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sum_losses', 'Model', 'pick_combine', 'check_finite', 'fit', 'Clip', 'Schedule', 'make_feeds', 'load_batches',
-           'evaluate', 'write_predictions', 'build', 'TaskData', 'plot_losses', 'plot_scores']
+           'plot_losses', 'evaluate', 'write_predictions', 'build', 'TaskData', 'plot_scores']
 
 # %% ../nbs/06_train.ipynb #65ff2736
 import math
@@ -54,18 +54,18 @@ class Model(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         "All parameters, as every module of torch has them."
 
-# %% ../nbs/06_train.ipynb #a0c14437
+# %% ../nbs/06_train.ipynb #fb7fea34
 def pick_combine(
     plugs:Sequence[Plug], # live plugs
 ) -> Callable: # what fills the gradients
-    "The way of the one plug that has one, or the plain sum."
+    "The combine of the one plug that has one, or the plain sum."
     having = [plug for plug in plugs if plug.combine is not None]
     if len(having) > 1:
         names = " and ".join(type(plug).__name__ for plug in having)
         raise UserError(f"{names} both want to combine the tasks' gradients: choose one")
     return having[0].combine if having else sum_losses
 
-# %% ../nbs/06_train.ipynb #a6242d5b
+# %% ../nbs/06_train.ipynb #f04a9b79
 def check_finite(
     values:dict[str, float], # task → loss
     step:int, # steps done so far
@@ -73,13 +73,13 @@ def check_finite(
     "Stop before a NaN reaches the weights."
     for task, value in values.items():
         if not math.isfinite(value):
-            raise UserError(f"step {step}: the loss of {task} is {value}; nothing of this step "
-                            "was kept. Try a smaller learning rate")
+            raise UserError(f"step {step}: the loss of {task} is {value}; the weights are "
+                            "as before. Try a smaller learning rate")
 
-# %% ../nbs/06_train.ipynb #1814cdef
+# %% ../nbs/06_train.ipynb #09209eb1
 def fit(
     model:Model, # trained in place
-    steps:Iterable[list[tuple[str, Any]]], # what each step trains on: (task, batch)
+    steps:Iterable[list[tuple[str, Any]]], # from step start on: (task, batch)
     optimizer:torch.optim.Optimizer, # over all parameters
     total:int, # steps of the whole run
     plugs:Sequence[Plug]=(), # live plugs, called in this order
@@ -95,7 +95,7 @@ def fit(
         for plug in plugs:
             plug.before_step(step, batches)
         optimizer.zero_grad(set_to_none=True)
-        seen = {}
+        seen = {} # task → its losses, filled by _losses
         combine(_losses(model, batches, plugs, seen), model.shared())
         values = {task: sum(v) / len(v) for task, v in seen.items()}
         check_finite(values, step)
@@ -117,7 +117,7 @@ def _losses(model, batches, plugs, seen):
         seen.setdefault(task, []).append(loss.item())
         yield task, loss
 
-# %% ../nbs/06_train.ipynb #05c68eb9
+# %% ../nbs/06_train.ipynb #a96a30d0
 class Clip(Plug):
     "Scale the gradient down to a largest norm."
     def __init__(self,
@@ -130,8 +130,8 @@ class Clip(Plug):
         "Clip, or stop before a gradient that is no number reaches the weights."
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm).item()
         if not math.isfinite(norm):
-            raise UserError(f"step {step}: the norm of the gradient is {norm}; nothing of this "
-                            "step was kept. Try a smaller learning rate")
+            raise UserError(f"step {step}: the norm of the gradient is {norm}; the weights "
+                            "are as before. Try a smaller learning rate")
 
 # %% ../nbs/06_train.ipynb #fe7007d2
 class Schedule(Plug):
@@ -170,6 +170,27 @@ def load_batches(
     "Row numbers to batches."
     for step in steps:
         yield [(task, make_batch(model, task, train[task], index)) for task, index in step]
+
+# %% ../nbs/06_train.ipynb #a4bc0947
+def plot_losses(
+    ax, # matplotlib axes
+    log:pd.DataFrame, # from RunDir.metrics
+    window:int=30, # steps of a task in the running mean
+):
+    "Each task's training loss, as a running mean."
+    for name, (values, color) in _columns(log, "loss_").items():
+        values.rolling(window, min_periods=1).mean().plot(ax=ax, color=color, label=name, lw=2)
+    ax.set(xlabel="step", ylabel=f"training loss (mean of {window})", ylim=(0, None))
+    ax.legend()
+    return ax
+
+def _columns(log, prefix):
+    "Each task's numbers under a prefix, by step, and its colour."
+    names = [c.removeprefix(prefix) for c in log if c.startswith(prefix)]
+    names = [n for n in names if not n.startswith("overall") and not n.endswith("_f1")]
+    colors = {**colors_for(names), **task_colors}
+    by_step = log.set_index("step")
+    return {n: (by_step[prefix + n].dropna(), colors[n]) for n in names}
 
 # %% ../nbs/06_train.ipynb #9a860954
 def evaluate(
@@ -281,27 +302,6 @@ class TaskData:
             write_predictions(run.path / f"dev-{t}.csv", e.rows, answers[t])
         some = {t: e.sample(self.sample) for t, e in self.splits["train"].items()}
         return {"dev": scores, "train": evaluate(model, some, run.show)[0]}
-
-# %% ../nbs/06_train.ipynb #a4bc0947
-def plot_losses(
-    ax, # matplotlib axes
-    log:pd.DataFrame, # from RunDir.metrics
-    window:int=30, # steps of a task in the running mean
-):
-    "Each task's training loss, as a running mean."
-    for name, (values, color) in _columns(log, "loss_").items():
-        values.rolling(window, min_periods=1).mean().plot(ax=ax, color=color, label=name, lw=2)
-    ax.set(xlabel="step", ylabel=f"training loss (mean of {window})", ylim=(0, None))
-    ax.legend()
-    return ax
-
-def _columns(log, prefix):
-    "Each task's numbers under a prefix, by step, and its colour."
-    names = [c.removeprefix(prefix) for c in log if c.startswith(prefix)]
-    names = [n for n in names if not n.startswith("overall") and not n.endswith("_f1")]
-    colors = {**colors_for(names), **task_colors}
-    by_step = log.set_index("step")
-    return {n: (by_step[prefix + n].dropna(), colors[n]) for n in names}
 
 # %% ../nbs/06_train.ipynb #6336e247
 def plot_scores(
