@@ -92,7 +92,7 @@ def make_generator(
         small.embeddings = Projected(tables, c.hidden_size)
     return MlmModel(small, MlmHead(c, bert.config.hidden_size))
 
-# %% ../nbs/11_electra.ipynb #cdca054d
+# %% ../nbs/11_electra.ipynb #612ffba1
 def context_free_auc(
     count:np.ndarray, # (V,) how often each token occurs in the training texts; 0 for special ones
     held:list[TextBatch], # texts with chosen places
@@ -105,8 +105,8 @@ def context_free_auc(
     hidden = np.bincount(hidden, minlength=size)
     replaced = q * (hidden.sum() - hidden)              # (V,) expected
     original = np.bincount(real, minlength=size) - hidden + q * hidden
-    suspicion = np.where(q > 0, -q, -1.)                # what is never drawn is never suspected
-    _, rank = np.unique(suspicion, return_inverse=True)
+    score = np.where(q > 0, -q, -1.)                    # what is never drawn is never suspected
+    _, rank = np.unique(score, return_inverse=True)
     replaced, original = (np.bincount(rank, x) for x in (replaced, original))
     below = np.cumsum(original) - original / 2          # originals ranked lower, half of the ties
     return float(replaced @ below / (replaced.sum() * original.sum()))
