@@ -73,6 +73,12 @@ def test_no_warnings_but_the_known_ones(rendered):
     assert not notes, "\n".join(notes)
 
 
+def test_building_says_nothing_of_data(pages):
+    "Cells that run while the site is built load no data: nobody should read what that would say."
+    said = "none could be fetched: using the pocket corpus"
+    assert not [name for name, p in pages.items() if said in "".join(p.text + p.code)]
+
+
 def test_every_notebook_is_a_page(pages, site):
     assert {p.stem + ".html" for p in NOTEBOOKS} <= set(pages)
     assert all(len("".join(p.text)) > 500 for name, p in pages.items() if re.match(r"\d\d[a-z]?_", name))
