@@ -531,7 +531,8 @@ _surgery = "07_pcgrad#A small table is enough"
     normalised=Mistake("brings all gradients to one length first",
         "PCGrad keeps the gradients' lengths.", _surgery),
     per_parameter=Mistake("projects every parameter by itself",
-        "The inner product runs over all shared parameters together.", "07_pcgrad#In a training loop"),
+        "The inner product runs over all shared parameters together.",
+        "07_pcgrad#In a training loop"),
     heads=Mistake("counts the heads among the shared parameters",
         "A parameter that one task alone reaches keeps its own gradient and stays out of "
         "the inner products.", "07_pcgrad#In a training loop", "gdavidss/MinBERT: pcgrad.py"),
