@@ -137,7 +137,7 @@ def _ended(result, out, limit=""):
          f"predictions and model are in {out}")
     print(json.dumps(result["dev"]))
 
-# %% ../nbs/A9_cli.ipynb #35f88671
+# %% ../nbs/A9_cli.ipynb #3bdcf5dd
 @command
 def command_train(
     tasks:str, # task file (TOML), see chapter 16
@@ -171,8 +171,8 @@ def command_train(
     choice = {"method": method, "smart": smart, "mixing": mixing, "init": init, "epochs": epochs,
               "rate": rate, "max_length": max_length, "seed": seed, "device": device}
     model, job_data, config, plugs = _task_job(corpus, choice)
-    own = os.path.exists(tasks) # a path, said as seen from the run: both may move together
-    job_data.info["data"] = os.path.relpath(tasks, out) if own else tasks
+    if tasks.endswith(".toml"): # said as seen from the run: both may move together
+        job_data.info["data"] = os.path.relpath(tasks, out)
     result = train(out, model, job_data, config, plugs, resume=resume)
     by_writer(_predict_tests, out, corpus, device)
     by_writer(_add_card, out, corpus, result, init, device)
@@ -684,7 +684,7 @@ def _follow_runs(paths):
     except KeyboardInterrupt:
         return
 
-# %% ../nbs/A9_cli.ipynb #423ed85a
+# %% ../nbs/A9_cli.ipynb #88f6d475
 def _scored(model, run, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
     from minbert.core import UserError
@@ -705,9 +705,10 @@ def _its_data(run):
     place = read_json(config).get("data", "auto") if config.exists() else "auto"
     if place in ("auto", "pocket"):
         return place
-    place = os.path.relpath(Path(run) / place)
-    if not os.path.exists(place):
-        raise UserError(f"{run}: its data are no longer in {place}; name them with --data")
+    named = isinstance(place, str) and place.endswith(".toml") # a damaged file may hold anything
+    place = os.path.relpath(os.path.join(run, place)) if named else ""
+    if not os.path.isfile(place):
+        raise UserError(f"{run}: its task file is not where it was; name it with --data")
     return place
 
 @command
@@ -949,19 +950,23 @@ def _demo_table(corpus, before, out):
     columns = ["task", "rows", *_floors.values(), "trained", "over best floor", "verdict"]
     return pd.DataFrame(lines, columns=columns, index=list(corpus.tasks))
 
-# %% ../nbs/A9_cli.ipynb #fd90c6b3
+# %% ../nbs/A9_cli.ipynb #6ff8c7df
 def _draw_curves(path, log, floors):
     "Loss and score curves, as a picture."
+    from io import BytesIO
+
     from matplotlib.figure import Figure
 
-    from minbert.core import figure_style
+    from minbert.core import figure_style, write_atomic
     from minbert.train import plot_losses, plot_scores
     figure_style()
     fig = Figure(figsize=(7.5, 3))
     left, right = fig.subplots(1, 2)
     plot_losses(left, log, 10).set_title("Training loss")
     plot_scores(right, log, floors).set_title("Dev scores (dashed: best floor)")
-    fig.savefig(path, dpi=150)
+    picture = BytesIO()
+    fig.savefig(picture, dpi=150)
+    write_atomic(path, picture.getvalue())
 
 def _numbered(name):
     "The first of NAME-1, NAME-2, … that is not there yet."

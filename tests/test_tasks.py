@@ -106,9 +106,16 @@ def test_one_task_with_names_for_labels(topic, tmp_path, capsys):
         assert main(["evaluate", str(out), *more]) == 0
         scores = json.loads(capsys.readouterr().out)
         assert abs(scores["topic"] - got["dev"]["topic"]) < 1e-5
+    config = out / "config.json"
+    kept = config.read_text()
+    for place in (5, None, ["a"], "x\0.toml", "/dev/zero", "a" * 5000 + ".toml", str(tmp_path)):
+        config.write_text(json.dumps({**json.loads(kept), "data": place}))
+        assert main(["evaluate", str(out)]) == 1, place
+        assert len(capsys.readouterr().err.splitlines()) == 1, place
+    config.write_text(kept)
     tasks.rename(tmp_path / "elsewhere.toml") # a run says where its task file was
     assert main(["evaluate", str(out)]) == 1
-    assert "name them with --data" in capsys.readouterr().err
+    assert "name it with --data" in capsys.readouterr().err
     answers = predicted(out, "topic", tmp_path / "topics-dev.csv", tmp_path)
     truth = [topic for _, topic in headlines(18, 1)]
     right = sum(a["prediction"] == t for a, t in zip(answers, truth, strict=True))
