@@ -684,12 +684,15 @@ def _follow_runs(paths):
     except KeyboardInterrupt:
         return
 
-# %% ../nbs/A9_cli.ipynb #88f6d475
+# %% ../nbs/A9_cli.ipynb #b5d96828
 def _scored(model, run, data, split):
     "The rows of a split for every task of a model, and the corpus they are from."
     from minbert.core import UserError
     from minbert.data import load_tasks
-    corpus = load_tasks(_its_data(run) if data == "auto" else data, tuple(model.configs))
+    place = _its_data(run) if data == "auto" else data
+    corpus = load_tasks(place, tuple(model.configs))
+    if place != data:
+        _say(f"note: scored on {place}, which its training read")
     rows = {}
     for t in model.configs:
         if split not in corpus[t] or corpus[t][split].labels is None:
