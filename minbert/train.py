@@ -54,9 +54,9 @@ class Model(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         "All parameters, as every module of torch has them."
 
-# %% ../nbs/06_train.ipynb #fb7fea34
+# %% ../nbs/06_train.ipynb #f546e4e2
 def pick_combine(
-    plugs:Sequence[Plug], # live plugs
+    plugs:Sequence[Plug], # at most one with a combine
 ) -> Callable: # what fills the gradients
     "The combine of the one plug that has one, or the plain sum."
     having = [plug for plug in plugs if plug.combine is not None]
@@ -76,19 +76,19 @@ def check_finite(
             raise UserError(f"step {step}: the loss of {task} is {value}; the weights are "
                             "as before. Try a smaller learning rate")
 
-# %% ../nbs/06_train.ipynb #09209eb1
+# %% ../nbs/06_train.ipynb #f3508388
 def fit(
     model:Model, # trained in place
     steps:Iterable[list[tuple[str, Any]]], # from step start on: (task, batch)
     optimizer:torch.optim.Optimizer, # over all parameters
     total:int, # steps of the whole run
-    plugs:Sequence[Plug]=(), # live plugs, called in this order
+    plugs:Sequence[Plug]=(), # called in this order
     start:int=0, # steps already done
     seed:int=0, # of dropout and of every other draw inside a step
 ) -> Iterator[tuple[int, dict[str, float]]]: # steps done, each task's mean loss, penalties included
     "Train, and hand control back after every step."
     combine = pick_combine(plugs)
-    # the range comes first: after the last step no batch is drawn in vain
+    # the range comes first, so no batch is drawn after the last step
     for step, batches in zip(range(start, total), steps):
         # two seeds share no step's draws unless a run is longer than a million steps
         torch.manual_seed(seed * 1_000_003 + step)
