@@ -245,7 +245,7 @@ def _agree(w, device):
     dist.broadcast(w, 0)
     return w.cpu()
 
-# %% ../nbs/07_pcgrad.ipynb #e8039960
+# %% ../nbs/07_pcgrad.ipynb #d410ce21
 class PCGrad:
     "Gradient surgery for any torch model: its `backward` takes the place of the loss's."
     def __init__(self,
@@ -259,13 +259,12 @@ class PCGrad:
         losses:Mapping|Iterable, # dict or list of losses, or an iterator of losses or (name, loss)
     ):
         "Add the combined gradient to the shared parameters, and plain gradients to all others."
-        shared = list(dict.fromkeys(p for p in self.parameters if p.requires_grad))    # each once
+        shared = list(dict.fromkeys(p for p in self.parameters if p.requires_grad))  # each once
         before = [p.grad for p in shared]
         for p in shared:
             p.grad = None
         by_task = average(collect(losses, shared), shared)
-        combined = self._combine(by_task.values(), shared)
-        for p, old, new in zip(shared, before, combined):
+        for p, old, new in zip(shared, before, self._combine(by_task.values(), shared)):
             p.grad = _add(old, new)
 
     def _combine(self, grads, shared):
