@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .core import Plug, UserError
 
-# %% ../nbs/07_pcgrad.ipynb #e150ca4c
+# %% ../nbs/07_pcgrad.ipynb #f01a98a5
 def project(
     G:Tensor, # (T, T) Gramian of the gradients
     order:list[list[int]], # order[i]: the other tasks, as task i meets them
@@ -27,7 +27,7 @@ def project(
     for i, others in enumerate(order):
         for j in others:
             product = C[i] @ G[:, j]
-            if j != i and product < 0 < G[j, j]:                   # a conflict, and g_j is not 0
+            if j != i and product < 0 and G[j, j] > 0:             # a conflict, and g_j is not 0
                 C[i, j] -= product / G[j, j]
     return C
 
@@ -245,7 +245,7 @@ def _agree(w, device):
     dist.broadcast(w, 0)
     return w.cpu()
 
-# %% ../nbs/07_pcgrad.ipynb #b8084f27
+# %% ../nbs/07_pcgrad.ipynb #d410ce21
 class PCGrad:
     "Gradient surgery for any torch model: its `backward` takes the place of the loss's."
     def __init__(self,
@@ -259,12 +259,12 @@ class PCGrad:
         losses:Mapping|Iterable, # dict or list of losses, or an iterator of losses or (name, loss)
     ):
         "Add the combined gradient to the shared parameters, and plain gradients to all others."
-        shared = list({id(p): p for p in self.parameters if p.requires_grad}.values())
+        shared = list(dict.fromkeys(p for p in self.parameters if p.requires_grad))  # each once
         before = [p.grad for p in shared]
         for p in shared:
             p.grad = None
-        grads = list(average(collect(losses, shared), shared).values())
-        for p, old, new in zip(shared, before, self._combine(grads, shared)):
+        by_task = average(collect(losses, shared), shared)
+        for p, old, new in zip(shared, before, self._combine(by_task.values(), shared)):
             p.grad = _add(old, new)
 
     def _combine(self, grads, shared):
