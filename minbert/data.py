@@ -139,7 +139,7 @@ def overlap(
     a, b = (set(re.findall(r"\w+", t.lower())) for t in texts)
     return len(a & b) / max(1, len(a | b))
 
-# %% ../nbs/00_data.ipynb #e539b2dd
+# %% ../nbs/00_data.ipynb #0340397e
 def best_threshold(
     scores:np.ndarray, # (rows,) any real score
     labels:np.ndarray, # (rows,) 0 or 1
@@ -150,16 +150,16 @@ def best_threshold(
     # calling none 1 gets every 0 right; each further row adds one if it is a 1, else loses one
     right_if_first_k_are_1 = np.r_[0, np.cumsum(2*y - 1)] + (1 - y).sum()  # (rows + 1,)
     ties = s[1:] == s[:-1]
-    right_if_first_k_are_1[1:-1][ties] = -1             # equal scores cannot be told apart
+    right_if_first_k_are_1[1:-1][ties] = -1             # never cut between equal scores
     k = right_if_first_k_are_1.argmax()
     return np.inf if k == 0 else s[k - 1]
 
-# %% ../nbs/00_data.ipynb #9df3b3d9
+# %% ../nbs/00_data.ipynb #43c2c3ec
 def floor_answers(
     corpus:Corpus, # thresholds and majorities come from train
     name:str, # of a task
 ) -> dict[str, np.ndarray]: # majority and word overlap, where the task has them: (dev rows,)
-    "What needs no model answers on a task's dev rows."
+    "Answers for a task's dev rows that need no network."
     task, train, dev = corpus.tasks[name], corpus[name]["train"], corpus[name]["dev"]
     found = {}
     if task.kind == "classify":
@@ -313,7 +313,7 @@ def _fill_row(texts, special, ids, mask, types):
         types[start:end] = k
     mask[:end] = 1
 
-# %% ../nbs/00_data.ipynb #9ca1130b
+# %% ../nbs/00_data.ipynb #85b05681
 def collate(
     encoded:Encoded, # a tokenised split
     index, # positions of the rows, (b,)
@@ -327,7 +327,7 @@ def collate(
     if pairs == "separate" and encoded.rows.task.pair:
         parts = [(row[0],) for row in parts] + [(row[1],) for row in parts]
     parts = [_cut_longest(p, max_length - len(p) - 1) for p in parts]
-    n = max(sum(map(len, p)) + len(p) + 1 for p in parts)
+    n = max(sum(map(len, p)) + len(p) + 1 for p in parts)  # longest sequence
     ids, mask, types = (np.zeros((len(parts), n), dtype=np.int64) for _ in range(3))  # (r, n)
     for row, texts in enumerate(parts):
         _fill_row(texts, special, ids[row], mask[row], types[row])
