@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['hide_all', 'reading_presets', 'Masking', 'TokenFacts', 'choose', 'disguise', 'TextBatch', 'mask_texts',
-           'pretraining_texts', 'tokenise', 'MlmHead', 'encoder_flops', 'token_counts', 'MlmModel', 'set_dropout',
+           'pretraining_texts', 'tokenise', 'MlmHead', 'token_counts', 'encoder_flops', 'MlmModel', 'set_dropout',
            'PretrainConfig', 'TextData']
 
-# %% ../nbs/10_mlm.ipynb #321fb655
+# %% ../nbs/10_mlm.ipynb #c410cf82
 import math
 import re
 from collections import Counter
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .bert import BertConfig, BertModel, init_weights
@@ -39,7 +40,7 @@ class Masking:
 
 hide_all = Masking(mask=1., random=0.) # every chosen token becomes [MASK]
 
-# %% ../nbs/10_mlm.ipynb #1e95c408
+# %% ../nbs/10_mlm.ipynb #d3617392
 class TokenFacts:
     "What masking has to know of a vocabulary."
     def __init__(self,
@@ -54,7 +55,16 @@ class TokenFacts:
         special = [word in specials or word.startswith("[unused") for word in vocab]
         self.ordinary = np.flatnonzero(~np.array(special)) # ids that may stand in for others
 
-# %% ../nbs/10_mlm.ipynb #3d185c8e
+def _choose_words(word, k, rng):
+    "Whole words in random order, as long as they fit into k tokens; word: (n,) its number."
+    chosen = []
+    for w in rng.permutation(np.unique(word)):
+        at = np.flatnonzero(word == w)
+        if len(chosen) + len(at) <= k:
+            chosen += at.tolist()
+    return chosen or at # no word fits: the last one drawn, too long as it is
+
+# %% ../nbs/10_mlm.ipynb #dfcce220
 def choose(
     ids:np.ndarray, # (n,) tokens of one text, without special tokens
     rng:np.random.Generator, # source of chance
@@ -66,14 +76,7 @@ def choose(
     if continues is None:
         return np.sort(rng.permutation(len(ids))[:k])
     word = np.cumsum(~continues[ids]) # (n,) number of the word that a token belongs to
-    chosen = []
-    for w in rng.permutation(np.unique(word)):
-        at = np.flatnonzero(word == w)
-        if len(chosen) + len(at) <= k:
-            chosen += at.tolist()
-    if not chosen: # no word fits: the last one drawn, too long as it is
-        chosen = at
-    return np.sort(chosen)
+    return np.sort(_choose_words(word, k, rng))
 
 # %% ../nbs/10_mlm.ipynb #ee6bd732
 def disguise(
@@ -88,7 +91,7 @@ def disguise(
     changed = np.where(lot < masking.mask + masking.random, other, ids)
     return np.where(lot < masking.mask, facts.mask, changed)
 
-# %% ../nbs/10_mlm.ipynb #0431b899
+# %% ../nbs/10_mlm.ipynb #c7a86d30
 @dataclass(frozen=True)
 class TextBatch:
     "Texts with some tokens chosen; positions count through the flattened batch."
@@ -135,7 +138,7 @@ def mask_texts(
     masked.flat[places] = disguise(ids.flat[places], facts, masking, rng)
     return TextBatch(*map(torch.from_numpy, (ids, mask, places, masked)), source)
 
-# %% ../nbs/10_mlm.ipynb #5f13fe9a
+# %% ../nbs/10_mlm.ipynb #e533fba8
 def _bare(text):
     "A text without case, blanks and punctuation."
     return re.sub(r"[\W_]+", "", text.lower())
@@ -167,7 +170,7 @@ def pretraining_texts(
     held = {name: _once(_texts(corpus[name]["dev"]), set()) for name in train}
     return {"train": train, "held": held}
 
-# %% ../nbs/10_mlm.ipynb #5df0a017
+# %% ../nbs/10_mlm.ipynb #28289b06
 def _cut_pieces(ids, room):
     "A long text as pieces of about equal length, with at most `room` tokens in each."
     return np.array_split(ids, math.ceil(len(ids) / room)) if len(ids) else []
@@ -191,7 +194,7 @@ def tokenise(
         pieces[split] = {name: read(some) for name, some in sets.items()}
     return pieces
 
-# %% ../nbs/10_mlm.ipynb #8ad27b48
+# %% ../nbs/10_mlm.ipynb #a7af07b6
 class MlmHead(nn.Module):
     "From hidden states to logits over the vocabulary, through a word table that is not its own."
     def __init__(self,
@@ -212,31 +215,7 @@ class MlmHead(nn.Module):
         "E LN(gelu(W h + w)) + b at every chosen place."
         return F.linear(self.LayerNorm(F.gelu(self.dense(h))), table, self.bias)
 
-    @torch.no_grad()
-    def start_at_frequencies(self,
-        count:np.ndarray, # (V,) how often each token occurs
-    ):
-        "Let the bias be the log frequency of each token."
-        self.bias.copy_(torch.from_numpy(np.log((count + 1) / (count + 1).sum())))
-
-    def flops(self,
-        k:int, # chosen places
-    ) -> int: # of one forward pass
-        "Operations of the head's products, a multiplication and an addition counting two."
-        e, d = self.dense.weight.shape
-        return 2 * k * (d * e + e * len(self.bias))
-
-# %% ../nbs/10_mlm.ipynb #492f619e
-def encoder_flops(
-    c:BertConfig, # sizes
-    r:int, # texts
-    n:int, # tokens in each, padding included
-) -> int: # of one forward pass
-    "Operations in the layers' matrix products, a multiplication and an addition counting two."
-    d, m = c.hidden_size, c.intermediate_size
-    return 2 * c.num_hidden_layers * r * n * (4 * d * d + 2 * n * d + 2 * d * m)
-
-# %% ../nbs/10_mlm.ipynb #182effc2
+# %% ../nbs/10_mlm.ipynb #b50677ad
 def token_counts(
     texts:dict[str, list[np.ndarray]], # data set → token ids
     vocab_size:int, # V
@@ -246,7 +225,33 @@ def token_counts(
     share = sum(c / c.sum() for c in count) / len(count)
     return share * sum(c.sum() for c in count) # counts again, beside which adding 1 is little
 
-# %% ../nbs/10_mlm.ipynb #3ca32d30
+@patch
+@torch.no_grad()
+def start_at_frequencies(self:MlmHead,
+    count:np.ndarray, # (V,) how often each token occurs
+):
+    "Let the bias be the log frequency of each token."
+    self.bias.copy_(torch.from_numpy(np.log((count + 1) / (count + 1).sum())))
+
+# %% ../nbs/10_mlm.ipynb #5d14be7b
+def encoder_flops(
+    c:BertConfig, # sizes
+    r:int, # texts
+    n:int, # tokens in each, padding included
+) -> int: # of one forward pass
+    "Operations in the layers' matrix products, a multiplication and an addition counting two."
+    d, m = c.hidden_size, c.intermediate_size
+    return 2 * c.num_hidden_layers * r * n * (4 * d * d + 2 * n * d + 2 * d * m)
+
+@patch
+def flops(self:MlmHead,
+    k:int, # chosen places
+) -> int: # of one forward pass
+    "Operations of the head's products, a multiplication and an addition counting two."
+    e, d = self.dense.weight.shape
+    return 2 * k * (d * e + e * len(self.bias))
+
+# %% ../nbs/10_mlm.ipynb #14e9adff
 class MlmModel(nn.Module):
     "A BERT that guesses hidden words, as the training loop wants it."
     masking = Masking() # 80/10/10
@@ -258,11 +263,6 @@ class MlmModel(nn.Module):
         super().__init__()
         self.bert = bert
         self.head = head or MlmHead(bert.config)
-
-    @property
-    def vocab(self): # tokens in the order of their ids
-        "The encoder's tokens."
-        return self.bert.vocab
 
     @property
     def table(self) -> Tensor: # (V, e)
@@ -285,100 +285,7 @@ class MlmModel(nn.Module):
         "Mean of -log p(original token) over all chosen places, in fp32."
         return F.cross_entropy(out.float(), batch.targets)
 
-    def shared(self) -> list[nn.Parameter]:
-        "The encoder's parameters."
-        return list(self.bert.parameters())
-
-    def plan(self,
-        batch:TextBatch, # on the model's device
-    ) -> list[list]: # what each optimiser step trains on
-        "One optimiser step per batch."
-        return [[("mlm", batch)]]
-
-    def export(self) -> BertModel:
-        "The encoder, which is what a run leaves."
-        return self.bert
-
-    def flops(self,
-        batch:TextBatch, # texts with chosen places
-    ) -> int:
-        "Operations of one training step, forward and backward."
-        encoder = encoder_flops(self.bert.config, *batch.ids.shape)
-        return 3 * (encoder + self.head.flops(len(batch.positions)))
-
-    @torch.no_grad()
-    def guess(self,
-        batches:list[TextBatch], # held-out texts
-    ) -> dict[str, np.ndarray]: # data set → (2, k): loss in nats and hit at each chosen place
-        "Loss and hit at every chosen place of held-out text."
-        found = {}
-        device = next(self.parameters()).device
-        with evaluating(self):
-            for b in batches:
-                b = b.to(device)
-                with autocast(device):
-                    logits = self("mlm", b).float()
-                loss = F.cross_entropy(logits, b.targets, reduction="none")
-                hit = (logits.argmax(-1) == b.targets).float()
-                found.setdefault(b.source, []).append(torch.stack([loss, hit]).cpu().numpy())
-        return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
-
-    @torch.no_grad()
-    def measure(self,
-        held:list[TextBatch], # from TextData.held
-    ) -> dict[str, float]: # held_loss (nats), held_accuracy, and both with _NAME for each data set
-        "How well the hidden tokens of held-out text are guessed."
-        found = self.guess(held)
-        all_places = {"": np.concatenate([*found.values()], axis=1)}
-        scores = {}
-        for name, (loss, hit) in (all_places | found).items():
-            tail = f"_{name}" if name else ""
-            scores[f"held_loss{tail}"] = float(loss.mean())
-            scores[f"held_accuracy{tail}"] = float(hit.mean(dtype=np.float64))
-        return scores
-
-    @torch.no_grad()
-    def show(self,
-        held:list[TextBatch], # from TextData.held
-        row:int=0, # of the last batch
-    ) -> str:
-        "One held-out text with the guesses, as [guess|original]."
-        b = held[-1].to(next(self.parameters()).device)
-        with evaluating(self):
-            best = self("mlm", b).argmax(-1).tolist()
-        guessed = dict(zip(b.positions.tolist(), best))
-        words = []
-        real = int(b.attention_mask[row].sum())
-        for place, token in enumerate(b.ids[row, :real].tolist(), row * b.ids.shape[1]):
-            word = self.vocab[token]
-            words.append(f"[{self.vocab[guessed[place]]}|{word}]" if place in guessed else word)
-        return " ".join(words)
-
-    @torch.no_grad()
-    def fill_blank(self,
-        text:str, # with [MASK] where a token is missing
-        k:int=5, # guesses for each blank
-    ) -> list[list[tuple[str, float]]]: # for each blank (token, probability), best first
-        "The model's best guesses for each blank."
-        facts = TokenFacts(self.vocab)
-        tokenizer = load_tokenizer(self.vocab, self.bert.lowercase)
-        if "[MASK]" not in text:
-            raise UserError("no [MASK] in this text: put it where a token is to be guessed")
-        ids = [facts.cls]
-        for part in text.split("[MASK]"):
-            ids += [*tokenizer.encode(part, add_special_tokens=False).ids, facts.mask]
-        ids[-1] = facts.sep # no blank follows the last part
-        ids = torch.tensor([ids], device=next(self.parameters()).device)
-        at = (ids[0] == facts.mask).nonzero().flatten()
-        with evaluating(self):
-            p = self("mlm", TextBatch(ids, torch.ones_like(ids), at, ids)).float().softmax(-1)
-        best = p.cpu().topk(k)
-        found = []
-        for tokens, chances in zip(best.indices.tolist(), best.values.tolist()):
-            found.append([(self.vocab[i], x) for i, x in zip(tokens, chances)])
-        return found
-
-# %% ../nbs/10_mlm.ipynb #c3c87dd8
+# %% ../nbs/10_mlm.ipynb #4c66fa21
 def set_dropout(
     model:nn.Module, # any
     p:float, # share of zeros
@@ -388,7 +295,113 @@ def set_dropout(
         if isinstance(m, nn.Dropout):
             m.p = p
 
-# %% ../nbs/10_mlm.ipynb #d63588a7
+@patch(as_prop=True)
+def vocab(self:MlmModel): # tokens in the order of their ids
+    "The encoder's tokens."
+    return self.bert.vocab
+
+@patch
+def shared(self:MlmModel) -> list[nn.Parameter]:
+    "The encoder's parameters."
+    return list(self.bert.parameters())
+
+@patch
+def plan(self:MlmModel,
+    batch:TextBatch, # on the model's device
+) -> list[list]: # what each optimiser step trains on
+    "One optimiser step per batch."
+    return [[("mlm", batch)]]
+
+@patch
+def export(self:MlmModel) -> BertModel:
+    "The encoder, which is what a run leaves."
+    return self.bert
+
+@patch
+def flops(self:MlmModel,
+    batch:TextBatch, # texts with chosen places
+) -> int:
+    "Operations of one training step, forward and backward."
+    encoder = encoder_flops(self.bert.config, *batch.ids.shape)
+    return 3 * (encoder + self.head.flops(len(batch.positions)))
+
+@patch
+@torch.no_grad()
+def guess(self:MlmModel,
+    batches:list[TextBatch], # held-out texts
+) -> dict[str, np.ndarray]: # data set → (2, k): loss in nats and hit at each chosen place
+    "Loss and hit at every chosen place of held-out text."
+    found = {}
+    device = next(self.parameters()).device
+    with evaluating(self):
+        for b in batches:
+            b = b.to(device)
+            with autocast(device):
+                logits = self("mlm", b).float()
+            loss = F.cross_entropy(logits, b.targets, reduction="none")
+            hit = (logits.argmax(-1) == b.targets).float()
+            found.setdefault(b.source, []).append(torch.stack([loss, hit]).cpu().numpy())
+    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+
+@patch
+@torch.no_grad()
+def measure(self:MlmModel,
+    held:list[TextBatch], # from TextData.held
+) -> dict[str, float]: # held_loss (nats), held_accuracy, and both with _NAME for each data set
+    "How well the hidden tokens of held-out text are guessed."
+    found = self.guess(held)
+    all_places = {"": np.concatenate([*found.values()], axis=1)}
+    scores = {}
+    for name, (loss, hit) in (all_places | found).items():
+        tail = f"_{name}" if name else ""
+        scores[f"held_loss{tail}"] = float(loss.mean())
+        scores[f"held_accuracy{tail}"] = float(hit.mean(dtype=np.float64))
+    return scores
+
+@patch
+@torch.no_grad()
+def show(self:MlmModel,
+    held:list[TextBatch], # from TextData.held
+    row:int=0, # of the last batch
+) -> str:
+    "One held-out text with the guesses, as [guess|original]."
+    b = held[-1].to(next(self.parameters()).device)
+    with evaluating(self):
+        best = self("mlm", b).argmax(-1).tolist()
+    guessed = dict(zip(b.positions.tolist(), best))
+    words = []
+    real = int(b.attention_mask[row].sum())
+    for place, token in enumerate(b.ids[row, :real].tolist(), row * b.ids.shape[1]):
+        word = self.vocab[token]
+        words.append(f"[{self.vocab[guessed[place]]}|{word}]" if place in guessed else word)
+    return " ".join(words)
+
+@patch
+@torch.no_grad()
+def fill_blank(self:MlmModel,
+    text:str, # with [MASK] where a token is missing
+    k:int=5, # guesses for each blank
+) -> list[list[tuple[str, float]]]: # for each blank (token, probability), best first
+    "The model's best guesses for each blank."
+    facts = TokenFacts(self.vocab)
+    tokenizer = load_tokenizer(self.vocab, self.bert.lowercase)
+    if "[MASK]" not in text:
+        raise UserError("no [MASK] in this text: put it where a token is to be guessed")
+    ids = [facts.cls]
+    for part in text.split("[MASK]"):
+        ids += [*tokenizer.encode(part, add_special_tokens=False).ids, facts.mask]
+    ids[-1] = facts.sep # no blank follows the last part
+    ids = torch.tensor([ids], device=next(self.parameters()).device)
+    at = (ids[0] == facts.mask).nonzero().flatten()
+    with evaluating(self):
+        p = self("mlm", TextBatch(ids, torch.ones_like(ids), at, ids)).float().softmax(-1)
+    best = p.cpu().topk(k)
+    found = []
+    for tokens, chances in zip(best.indices.tolist(), best.values.tolist()):
+        found.append([(self.vocab[i], x) for i, x in zip(tokens, chances)])
+    return found
+
+# %% ../nbs/10_mlm.ipynb #6a924215
 @dataclass(frozen=True)
 class PretrainConfig:
     "How long, how fast, on what."
@@ -429,7 +442,7 @@ reading_presets = {
     "report": PretrainConfig(60000, 128, 1e-4, max_length=128, dropout=.1, evals=20,
                              held_texts=500, gen_width=1.0, gen_depth=0.5)}
 
-# %% ../nbs/10_mlm.ipynb #7470c871
+# %% ../nbs/10_mlm.ipynb #f18e299e
 def _cost(model, batch):
     "Tokens and operations of one batch."
     return {"tokens": int(batch.attention_mask.sum()), "flops": model.flops(batch)}
