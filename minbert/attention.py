@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/01_attention.ipynb #92f5d613
+# %% ../nbs/01_attention.ipynb #dcca1c65
 def attention_weights(
     q:Tensor, # queries, (b, h, n, d/h)
     k:Tensor, # keys, (b, h, n, d/h)
@@ -22,7 +22,8 @@ def attention_weights(
     score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])  # (b, h, n, n)
     if mask is not None:
         score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    return score.softmax(-1)
+    wide = torch.promote_types(score.dtype, torch.float32)  # softmax in at least fp32
+    return score.softmax(-1, dtype=wide).to(score.dtype)
 
 # %% ../nbs/01_attention.ipynb #404d35d7
 def attention(
