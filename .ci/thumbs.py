@@ -14,7 +14,7 @@ parts = {                                  # chapter: which of its stored figure
     "02_bert": (0, (0, 0, 1, 1)),
     "04_heads": (0, (.478, 0, 1, 1)),
     "07_pcgrad": (0, (0, 0, 1, .455)),
-    "09_smart": (0, (0, 0, 1, .57))}
+    "09_smart": (0, (0, 0, 1, .525))}
 size = (480, 280)
 
 

@@ -28,7 +28,7 @@ def sym_kl(
     q = b.log_softmax(-1)
     return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
 
-# %% ../nbs/09_smart.ipynb #ce5baf2d
+# %% ../nbs/09_smart.ipynb #a8faec85
 def bernoulli_sym_kl(
     a:Tensor, # logits (b,)
     b:Tensor, # logits (b,)
@@ -36,7 +36,7 @@ def bernoulli_sym_kl(
     "KL(P‖Q) + KL(Q‖P) of two yes-or-no distributions."
     return ((a.sigmoid() - b.sigmoid()) * (a - b)).mean()
 
-# %% ../nbs/09_smart.ipynb #865e1faa
+# %% ../nbs/09_smart.ipynb #755c3758
 def squared_error(
     a:Tensor, # scores (b,)
     b:Tensor, # scores (b,)
@@ -58,7 +58,7 @@ def distance_for(
     several = logits.ndim > 1 and logits.shape[-1] > 1
     return answer_distances["classes" if several else "number"]
 
-# %% ../nbs/09_smart.ipynb #69b1c56b
+# %% ../nbs/09_smart.ipynb #80358556
 @dataclass(frozen=True)
 class Smart:
     "Settings of SMART: how strong, how far, where."
@@ -94,7 +94,7 @@ class Smart:
         "Make the live plug."
         return SmartPlug(self, model, total)
 
-# %% ../nbs/09_smart.ipynb #0057a455
+# %% ../nbs/09_smart.ipynb #af2bee71
 def radius(
     eps:float, # ε
     dtype:torch.dtype, # of the perturbation
@@ -105,7 +105,7 @@ def radius(
         r = torch.nextafter(r, torch.zeros_like(r))
     return float(r)
 
-# %% ../nbs/09_smart.ipynb #62af820d
+# %% ../nbs/09_smart.ipynb #8965cf7d
 def sup_norm(
     g:Tensor, # (r, n, d) gradients of the rows
     parts:int=1, # sequences of one example: all first ones, then all second ones
@@ -115,7 +115,12 @@ def sup_norm(
     by_example = by_row.view(parts, -1).amax(0)                   # (b,), larger of two sentences
     return by_example.repeat(parts)[:, None, None].clamp(min=torch.finfo(g.dtype).tiny)
 
-# %% ../nbs/09_smart.ipynb #6ceee01c
+def _to_unit(delta, g, c, parts):
+    "Without projection: along the raw gradient, then every token to a sup-norm of about 1."
+    step = delta + c.eta * g
+    return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
+
+# %% ../nbs/09_smart.ipynb #b6118990
 def smart_perturb(
     f:Callable[[Tensor], Tensor], # (r, n, d) → answers; every call with the same dropout
     x:Tensor, # (r, n, d) the clean word vectors
@@ -145,11 +150,6 @@ def _to_ball(delta, g, c, parts):
     "The paper's step: along the normalised gradient, then back into the ball."
     r = radius(c.eps, delta.dtype)
     return (delta + c.eta * g / sup_norm(g, parts)).clamp(-r, r)
-
-def _to_unit(delta, g, c, parts):
-    "Without projection: along the raw gradient, then every token to a sup-norm of about 1."
-    step = delta + c.eta * g
-    return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
 
 # %% ../nbs/09_smart.ipynb #e968af73
 def same_dropout(
@@ -184,7 +184,7 @@ def smart_penalty(
     delta = smart_perturb(f, x, y, ell, c, mask, noise)
     return ell(f(x + delta), y)
 
-# %% ../nbs/09_smart.ipynb #f2798e3d
+# %% ../nbs/09_smart.ipynb #aa93800e
 class EmbeddingHook:
     "Notes what an embedding gave in the model's last pass, and asks again with other vectors."
     asking = set() # ids of the models that some hook is asking again: such a pass is not noted
@@ -293,7 +293,7 @@ def follow(
     for slow, p in zip(teacher.buffers(), student.buffers()):
         slow.copy_(p)
 
-# %% ../nbs/09_smart.ipynb #0898392d
+# %% ../nbs/09_smart.ipynb #f856fa0f
 class SmartPlug(Plug):
     "SMART in the training loop."
     def __init__(self,
