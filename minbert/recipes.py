@@ -260,7 +260,7 @@ def get_preset(
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(presets)}")
     return presets[preset]
 
-# %% ../nbs/12_recipes.ipynb #f7027ad6
+# %% ../nbs/12_recipes.ipynb #d0ecd26a
 def _count_steps(
     recipe:Recipe, # which tasks, how mixed
     batch_sizes:dict, # task → rows
