@@ -15,17 +15,17 @@ import numpy as np
 
 from .core import UserError
 
-# %% ../nbs/05_round_robin.ipynb #c5d25aaa
+# %% ../nbs/05_round_robin.ipynb #70a1f582
 def feed(
-    epoch_batches:Callable[[int], list[np.ndarray]], # epoch number → its batches, each (b,)
-) -> Iterator[np.ndarray]: # index arrays (b,), epoch after epoch, without end
-    "One task's batches: every epoch in its own order."
+    epoch_batches:Callable[[int], list[np.ndarray]], # number of a pass → its batches, each (b,)
+) -> Iterator[np.ndarray]: # index arrays (b,), pass after pass, without end
+    "One task's batches: every pass in its own order."
     if not len(epoch_batches(0)):
         raise UserError("a task has no training rows")
     return _epochs(epoch_batches)
 
 def _epochs(epoch_batches):
-    "The batches of epoch 0, 1, 2, …"
+    "The batches of pass 0, 1, 2, …"
     for epoch in count():
         yield from epoch_batches(epoch)
 
@@ -79,13 +79,13 @@ def shares(
     p = (n / n.max())**alpha
     return dict(zip(sizes, (p / p.sum()).tolist()))
 
-# %% ../nbs/05_round_robin.ipynb #a4c7f6e9
+# %% ../nbs/05_round_robin.ipynb #9ce809c9
 def annealed(
-    epochs:int, # E
-    epoch_steps:int, # steps in an epoch
-    last:float=.2, # α in the last epoch
+    epochs:int, # stages E (the paper's epochs)
+    epoch_steps:int, # steps in a stage
+    last:float=.2, # α in the last stage
 ) -> Callable[[int], float]: # step from 0 → α
-    "PALs' exponent: 1 in the first epoch, falling to `last` in the last."
+    "Stickland & Murray's exponent: 1 in the first stage, falling to `last` in the last."
     def alpha(step):
         "The exponent of a step."
         epoch = min(step // epoch_steps, epochs - 1)
