@@ -185,7 +185,7 @@ class Layer(nn.Module):
         x = self.attention(x, mask)
         return self.output(self.intermediate(x), x)
 
-# %% ../nbs/02_bert.ipynb #4ccce9a7
+# %% ../nbs/02_bert.ipynb #0e75bf61
 class Encoder(nn.Module):
     "The stack of layers."
     def __init__(self,
@@ -203,9 +203,7 @@ class Encoder(nn.Module):
         states = [x]
         for layer in self.layer:
             x = layer(x, mask)
-            if not keep:
-                states = []
-            states.append(x)
+            states = [*states, x] if keep else [x]
         return states
 
 # %% ../nbs/02_bert.ipynb #20e7da4d
