@@ -92,12 +92,12 @@ def make_generator(
         small.embeddings = Projected(tables, c.hidden_size)
     return MlmModel(small, MlmHead(c, bert.config.hidden_size))
 
-# %% ../nbs/11_electra.ipynb #612ffba1
+# %% ../nbs/11_electra.ipynb #34e286de
 def context_free_auc(
     count:np.ndarray, # (V,) how often each token occurs in the training texts; 0 for special ones
     held:list[TextBatch], # texts with chosen places
 ) -> float: # area under the ROC curve
-    "AUC of the best judge that knows only how often a token occurs, samples being drawn likewise."
+    "AUC of the best guess from how often a token occurs, if samples are drawn likewise."
     q = count / count.sum()                             # (V,) of a sample
     size = len(q)
     real = torch.cat([b.ids[b.attention_mask.bool()] for b in held]).cpu().numpy()
@@ -108,8 +108,8 @@ def context_free_auc(
     score = np.where(q > 0, -q, -1.)                    # what is never drawn is never suspected
     _, rank = np.unique(score, return_inverse=True)
     replaced, original = (np.bincount(rank, x) for x in (replaced, original))
-    below = np.cumsum(original) - original / 2          # originals ranked lower, half of the ties
-    return float(replaced @ below / (replaced.sum() * original.sum()))
+    lower = np.cumsum(original) - original / 2          # originals ranked lower, half of the ties
+    return float(replaced @ lower / (replaced.sum() * original.sum()))
 
 # %% ../nbs/11_electra.ipynb #6fbddbb2
 class Disentangled(nn.Module):
@@ -195,7 +195,7 @@ class RtdHead(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             return self.out(x).squeeze(-1)
 
-# %% ../nbs/11_electra.ipynb #a25aa643
+# %% ../nbs/11_electra.ipynb #de6d72e9
 class _Judged(NamedTuple):
     "What the discriminator was shown and what it says."
     logits:Tensor # (r, n) of replaced
@@ -205,7 +205,7 @@ class _Judged(NamedTuple):
 
 class Electra(nn.Module):
     "A generator and a discriminator that share their tables by a scheme."
-    masking = hide_all # the generator sees [MASK] at every chosen place
+    masking = hide_all                                  # chapter 10: all that is chosen is [MASK]
 
     def __init__(self,
         generator:MlmModel, # from make_generator
@@ -260,9 +260,9 @@ class Electra(nn.Module):
             if self.training:                           # the same pass serves the discriminator
                 self._carried = batch, self.fill(batch, logits)
             return logits
-        of, ids = self._carried
+        filled, ids = self._carried
         self._carried = None, None
-        if of is not batch:                             # not what the generator just read
+        if filled is not batch:                         # the generator did not just read it
             ids = self.corrupt(batch)
         return self.judge(batch, ids)
 
