@@ -78,14 +78,14 @@ def choose(
     word = np.cumsum(~continues[ids]) # (n,) number of the word that a token belongs to
     return np.sort(_choose_words(word, k, rng))
 
-# %% ../nbs/10_mlm.ipynb #ee6bd732
+# %% ../nbs/10_mlm.ipynb #3076880b
 def disguise(
     ids:np.ndarray, # (k,) chosen tokens
     facts:TokenFacts, # of the vocabulary
     masking:Masking, # the shares
     rng:np.random.Generator, # source of chance
 ) -> np.ndarray: # (k,) what the encoder sees in their place
-    "80% [MASK], 10% random, 10% as they are."
+    "Some become [MASK], some a random token, the rest stay."
     lot = rng.random(len(ids))
     other = rng.choice(facts.ordinary, len(ids))
     changed = np.where(lot < masking.mask + masking.random, other, ids)
@@ -115,7 +115,7 @@ class TextBatch:
         tensors = (self.ids, self.attention_mask, self.positions, self.masked)
         return TextBatch(*(x.to(device) for x in tensors), self.source)
 
-# %% ../nbs/10_mlm.ipynb #2de07214
+# %% ../nbs/10_mlm.ipynb #fd53f3e4
 def mask_texts(
     rows:list[np.ndarray], # token ids of r texts, without special tokens
     facts:TokenFacts, # of the vocabulary
@@ -132,7 +132,8 @@ def mask_texts(
     for r, x in enumerate(rows):
         ids[r, :len(x) + 2] = [facts.cls, *x, facts.sep]
         mask[r, :len(x) + 2] = 1
-        places.append(r * n + 1 + choose(x, rng, masking.rate, continues)) # 1: [CLS]
+        start = r * n + 1 # of this row's text, after [CLS]
+        places.append(start + choose(x, rng, masking.rate, continues))
     places = np.concatenate(places) # (k,)
     masked = ids.copy()
     masked.flat[places] = disguise(ids.flat[places], facts, masking, rng)
