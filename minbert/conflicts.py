@@ -120,12 +120,12 @@ def _products(grads, chunk=2**18):
             total += (X @ X.T).cpu().double()
     return total
 
-# %% ../nbs/08_conflicts.ipynb #0dcef60c
+# %% ../nbs/08_conflicts.ipynb #04cec232
 def diagnose(
     G:Tensor, # (T, T) Gramian
     i:int, # a task
     j:int, # another
-) -> dict[str, float]: # cos, phi, xi; NaN where a gradient is zero
+) -> dict[str, float]: # cos φ, Φ, ξ as cos, phi, xi; NaN where a gradient is zero
     "Yu et al.'s measures of one pair of tasks."
     a, b, d = float(G[i, i]), float(G[j, j]), float(G[i, j])
     if a * b == 0:
@@ -191,7 +191,7 @@ def curvature_hessian(
             total += _dot(gradient(along, params), step) / points
     return total / _dot(step, step)
 
-# %% ../nbs/08_conflicts.ipynb #8cbae1f2
+# %% ../nbs/08_conflicts.ipynb #a54df3a2
 def measure(
     model, # with loss(task, batch, model(task, batch)) and shared()
     batches:list[tuple[str, object]], # (task, batch) of one step; a task's batches count as one
@@ -237,7 +237,7 @@ def _curvature(losses, theta, values, grads, G, radius):
         with moved(theta, direction, -t), torch.no_grad():
             end = losses[i]().item() + losses[j]().item()
         bend = curvature_taylor(values[i] + values[j], end, -t * g2, radius)
-        found[f"{i},{j}"] = bend * g2                              # Yu et al.'s H
+        found[f"{i},{j}"] = bend * g2                              # H̃
     return found
 
 def _lower(G):
@@ -320,10 +320,10 @@ def _square(lower, T):
     G[i, j] = G[j, i] = torch.tensor(lower, dtype=torch.float64)
     return G
 
-# %% ../nbs/08_conflicts.ipynb #3be80774
+# %% ../nbs/08_conflicts.ipynb #935a22e7
 def atlas_table(
     looks:list[dict], # from read_looks
-) -> pd.DataFrame: # step, group, pair, cos, phi, xi, ratio ‖g_i‖/‖g_j‖, curvature H/‖g‖² (of "all")
+) -> pd.DataFrame: # step, group, pair, cos, phi, xi, ratio ‖g_i‖/‖g_j‖, curvature κ̃ (of "all")
     "One row per look, layer group and pair of tasks."
     rows = []
     for look in looks:
