@@ -30,16 +30,16 @@ from minbert.heads import (
 from .mixing import feed
 from .optim import set_lr
 
-# %% ../nbs/06_train.ipynb #7907037b
+# %% ../nbs/06_train.ipynb #d9dec2b1
 def sum_losses(
     losses:Iterator[tuple[str, Tensor]], # (task, scalar loss), each computed when it is asked for
-    shared:list[nn.Parameter], # parameters that every task trains; a plain sum need not know them
+    shared:list[nn.Parameter], # parameters of no single task; a plain sum need not know them
 ):
     "Add the tasks' gradients."
     for _, loss in losses:
         loss.backward()
 
-# %% ../nbs/06_train.ipynb #fdbdc5be
+# %% ../nbs/06_train.ipynb #f8cb8758
 class Model(Protocol):
     "What the loop asks of a model, which need not be a BERT."
     def __call__(self, task:str, batch) -> Any:
@@ -49,7 +49,7 @@ class Model(Protocol):
         "Mean loss over the batch's rows (a scalar)."
 
     def shared(self) -> list[nn.Parameter]:
-        "The parameters that every task trains."
+        "The parameters that belong to no single task."
 
     def parameters(self) -> Iterator[nn.Parameter]:
         "All parameters, as every module of torch has them."
@@ -117,7 +117,7 @@ def _losses(model, batches, plugs, seen):
         seen.setdefault(task, []).append(loss.item())
         yield task, loss
 
-# %% ../nbs/06_train.ipynb #a96a30d0
+# %% ../nbs/06_train.ipynb #0640f7df
 class Clip(Plug):
     "Scale the gradient down to a largest norm."
     def __init__(self,
@@ -127,7 +127,7 @@ class Clip(Plug):
         self.parameters, self.max_norm = list(parameters), max_norm
 
     def before_update(self, step):
-        "Clip, or stop before a gradient that is no number reaches the weights."
+        "Clip, or stop before a gradient that is not finite reaches the weights."
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm).item()
         if not math.isfinite(norm):
             raise UserError(f"step {step}: the norm of the gradient is {norm}; the weights "
