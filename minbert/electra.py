@@ -27,7 +27,7 @@ from .mlm import (MlmHead, MlmModel, PretrainConfig, TextBatch, TextData, encode
                          tokenise)
 from .train import Clip
 
-# %% ../nbs/11_electra.ipynb #b6a7ff66
+# %% ../nbs/11_electra.ipynb #15a2addf
 @torch.no_grad()
 def sample_tokens(
     logits:Tensor, # (k, V), of any precision
@@ -35,7 +35,7 @@ def sample_tokens(
 ) -> Tensor: # (k,) token ids
     "Draw one token per row from softmax(logits)."
     u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
-    return (logits - (-u.log()).log()).argmax(-1)       # the sum is fp32, too
+    return (logits - (-u.log()).log()).argmax(-1)       # logits + Gumbel noise, in fp32
 
 # %% ../nbs/11_electra.ipynb #c2e0048e
 class Projected(nn.Module):
@@ -195,7 +195,7 @@ class RtdHead(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             return self.out(x).squeeze(-1)
 
-# %% ../nbs/11_electra.ipynb #de6d72e9
+# %% ../nbs/11_electra.ipynb #e2a2c354
 class _Judged(NamedTuple):
     "What the discriminator was shown and what it says."
     logits:Tensor # (r, n) of replaced
@@ -262,7 +262,7 @@ class Electra(nn.Module):
             return logits
         filled, ids = self._carried
         self._carried = None, None
-        if filled is not batch:                         # the generator did not just read it
+        if filled is not batch:                         # no stored forgery: forge afresh
             ids = self.corrupt(batch)
         return self.judge(batch, ids)
 
