@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pools', 'features', 'losses', 'metrics', 'model_files', 'Output', 'HeadConfig', 'head_for', 'decode', 'MultitaskBert',
-           'make_batch', 'accuracy', 'macro_f1', 'pearson', 'overall', 'predict_logits', 'predict_rows',
-           'encoder_cosine', 'encoder_floor', 'example_answers']
+           'make_batch', 'accuracy', 'pearson', 'predict_logits', 'predict_rows', 'encoder_cosine', 'encoder_floor',
+           'macro_f1', 'overall', 'example_answers']
 
 # %% ../nbs/04_heads.ipynb #38409c25
 import json
@@ -165,7 +165,7 @@ def head_for(
         return HeadConfig(task, loss=task.loss)
     return HeadConfig(task, "separate", features=task.head, loss=task.loss)
 
-# %% ../nbs/04_heads.ipynb #82fc5f51
+# %% ../nbs/04_heads.ipynb #6f91c0b5
 class _Head(nn.Module):
     "From pooled vectors to logits, a score or a cosine."
     def __init__(self,
@@ -190,7 +190,7 @@ class _Head(nn.Module):
         if self.c.cosine:
             return Output(F.cosine_similarity(u, v), u, v)
         x = u if v is None else features[self.c.features](u, v)     # (b, kd)
-        with _fp32(u.device):
+        with _fp32(u.device):                                   # bf16 has three digits
             z = self.linear(self.dropout(x))                        # (b, outputs)
         return Output(z if self.c.task.n_outputs > 1 else z.squeeze(-1), u, v)
 
@@ -220,7 +220,7 @@ def decode(
         return (logits >= .5).long()
     return (logits >= 0).long()                             # a probability of one half
 
-# %% ../nbs/04_heads.ipynb #684e8406
+# %% ../nbs/04_heads.ipynb #ce1a0572
 class MultitaskBert(nn.Module):
     "One BERT, one head per task."
     def __init__(self,
@@ -248,7 +248,7 @@ class MultitaskBert(nn.Module):
         pooled = pools[c.pool](out, batch.attention_mask)               # (r, d)
         head = self.heads[_key(task)]
         if c.two:
-            return head(*pooled.chunk(2))                               # u, v: (b, d) each
+            return head(*pooled.chunk(2))       # first texts, second texts: (b, d)
         return head(pooled)
 
     def loss(self, task:str, batch:Batch, out:Output) -> Tensor:
@@ -316,17 +316,6 @@ def accuracy(
     p, y = _numbers(predicted, labels)
     return float((p == y).mean())
 
-# %% ../nbs/04_heads.ipynb #11b848af
-def macro_f1(
-    predicted:np.ndarray, # (rows,) class numbers
-    labels:np.ndarray, # (rows,) class numbers
-) -> float:
-    "F1 of each label that occurs on either side, averaged."
-    p, y = _numbers(predicted, labels)
-    kinds = np.union1d(p, y)
-    hits = [2 * ((p == k) & (y == k)).sum() / ((p == k).sum() + (y == k).sum()) for k in kinds]
-    return float(np.mean(hits))
-
 # %% ../nbs/04_heads.ipynb #81fb74f7
 def pearson(
     predicted:np.ndarray, # (rows,) scores
@@ -341,17 +330,6 @@ def pearson(
     return float(pearsonr(p, y).statistic)
 
 metrics = {"accuracy": accuracy, "pearson": pearson}
-
-# %% ../nbs/04_heads.ipynb #e212bb15
-def overall(
-    scores:dict[str, float], # task → score
-    tasks:dict[str, Task], # the tasks to average over
-) -> dict[str, float]: # the same, with overall (correlations as (r+1)/2) and overall_raw
-    "Add the mean over the tasks."
-    raw = [scores[name] for name in tasks]
-    brought = [(scores[name] + 1) / 2 if t.metric == "pearson" else scores[name]
-               for name, t in tasks.items()]
-    return {**scores, "overall": sum(brought) / len(raw), "overall_raw": sum(raw) / len(raw)}
 
 # %% ../nbs/04_heads.ipynb #ee63465b
 def _by_tokens(lengths, tokens=2048):
@@ -423,6 +401,28 @@ def encoder_floor(
         edge = best_threshold(encoder_cosine(bert, train), train.labels)
         found[name] = accuracy(encoder_cosine(bert, dev) >= edge, dev.labels)
     return found
+
+# %% ../nbs/04_heads.ipynb #11b848af
+def macro_f1(
+    predicted:np.ndarray, # (rows,) class numbers
+    labels:np.ndarray, # (rows,) class numbers
+) -> float:
+    "F1 of each label that occurs on either side, averaged."
+    p, y = _numbers(predicted, labels)
+    kinds = np.union1d(p, y)
+    hits = [2 * ((p == k) & (y == k)).sum() / ((p == k).sum() + (y == k).sum()) for k in kinds]
+    return float(np.mean(hits))
+
+# %% ../nbs/04_heads.ipynb #e212bb15
+def overall(
+    scores:dict[str, float], # task → score
+    tasks:dict[str, Task], # the tasks to average over
+) -> dict[str, float]: # the same, with overall (correlations as (r+1)/2) and overall_raw
+    "Add the mean over the tasks."
+    raw = [scores[name] for name in tasks]
+    brought = [(scores[name] + 1) / 2 if t.metric == "pearson" else scores[name]
+               for name, t in tasks.items()]
+    return {**scores, "overall": sum(brought) / len(raw), "overall_raw": sum(raw) / len(raw)}
 
 # %% ../nbs/04_heads.ipynb #e894df99
 model_files = checkpoint_files | {"heads.json", "heads.safetensors", "README.md"}
