@@ -109,7 +109,7 @@ def proportional(
         yield [(task, next(feeds[task]))]
 
 # %% ../nbs/05_round_robin.ipynb #00f7b661
-mixings = {"single": single, "round_robin": round_robin, "summed": summed} # as in chapter 12
+mixings = {"single": single, "round_robin": round_robin, "summed": summed} # all but the draws
 
 # %% ../nbs/05_round_robin.ipynb #3f9d211d
 def epoch_steps(
