@@ -113,10 +113,10 @@ def _mean_weights(G):
     "Every gradient, divided by their number."
     return _sum_weights(G) / len(G)
 
-# %% ../nbs/07_pcgrad.ipynb #16a77382
+# %% ../nbs/07_pcgrad.ipynb #98d5f45b
 def gradvac_weights(
     G:Tensor, # (T, T) Gramian
-    target:float=.1, # cosine that every pair is turned to
+    target:float=.1, # cosine that every pair below it is turned to
 ) -> Tensor: # (T,)
     "Gradient vaccine with one fixed target for all pairs; the paper lets targets follow a mean."
     return _vaccinate(G, random_order(len(G)), target).sum(0)
@@ -135,7 +135,7 @@ def _vaccinate(G, order, target):
             cos = (C[i] @ G[:, j] / (a * b)).clamp(-1, 1)
             if cos < target:                                       # Wang et al. (2021), equation 4
                 sin = (1 - cos**2).sqrt()
-                # law of sines: how much of g_j turns the mixture until the cosine is the target
+                # law of sines: how much of g_j turns the sum until the cosine is the target
                 coefficient = a * (target * sin - cos * s) / (b * s)
                 C[i, j] += coefficient
     return C
