@@ -339,7 +339,7 @@ def collate(
 # %% ../nbs/00_data.ipynb #f6ea8052
 def order(
     lengths:np.ndarray, # (rows,) cost of each row, in tokens
-    batch_size:int, # rows in a batch; the last batch of an epoch may have fewer
+    batch_size:int, # rows in a batch; one batch of an epoch may have fewer
     seed:int, # of the run
     epoch:int=0, # each epoch has its own order
     pool:int=50, # batches that are sorted together; 1: plain random batches
