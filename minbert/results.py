@@ -575,7 +575,7 @@ def plot_forest(
         last.title.set(fontsize=9, fontweight="normal")
     words = "" if headings else "   open: undecided"
     fig.supxlabel(f"difference of the {score} dev score\n● ours, 95 %   ◇ the report's   "
-                  f"grey: counts as none{words}", fontsize=9)
+                  f"grey: too small to matter{words}", fontsize=9)
     return tuple(axes[0])
 
 def _in_groups(lines, headings):

@@ -104,7 +104,9 @@ def test_one_task_with_names_for_labels(topic, tmp_path, capsys):
     capsys.readouterr()
     for more in ([], ["--data", str(tasks)], [str(tmp_path / "topics-dev.csv")]):
         assert main(["evaluate", str(out), *more]) == 0
-        scores = json.loads(capsys.readouterr().out)
+        said = capsys.readouterr()
+        assert ("note: scored on" in said.err) == (not more), said.err # what a run leads to is told
+        scores = json.loads(said.out)
         assert abs(scores["topic"] - got["dev"]["topic"]) < 1e-5
     config = out / "config.json"
     kept = config.read_text()
