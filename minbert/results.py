@@ -494,20 +494,20 @@ def _answer(e):
 
 # %% ../nbs/A6b_results.ipynb #2d937d93
 _headline = (
-    ("a pair read together", "E9", "E3", "pairs"),
-    ("cosine trained on the score", "E7", "E3", "pairs"),
-    ("read together, over that cosine", "E9", "E7", "pairs"),
+    ("together, not side by side", "E9", "E3", "pairs"),
+    ("cosine, not side by side", "E7", "E3", "pairs"),
+    ("together, not cosine", "E9", "E7", "pairs"),
     ("one model, not three", "E9", three_models, "tasks"),
-    ("surgery, read together", "E11", "C1", "method"),
-    ("surgery, read apart", "surgery", "S3…S10", "method"),
-    ("SMART, λ 2", "E14", "E11", "method"),
-    ("SMART, λ 5", "SMART", "S3…S10", "method"),
+    ("surgery, pairs read together", "E11", "C1", "method"),
+    ("surgery, pairs read apart", "surgery", "S3…S10", "method"),
+    ("SMART, λ 2, read together", "E14", "E11", "method"),
+    ("SMART, λ 5, read apart", "SMART", "S3…S10", "method"),
     ("reversed STS pairs", "reversed STS", "S3…S10", "method"),
-    ("pretrained further, MLM", "E12", "E11", "method"),
-    ("pretrained further, RTD + GDES", "E13", "E11", "method"),
+    ("further pretraining, MLM", "E12", "E11", "method"),
+    ("further pretraining, ELECTRA", "E13", "E11", "method"),
     ("cosine annealing", "C2", "E11", "method"),
     ("16:1 batches, equal examples", "C3", "E11", "budget"),
-    ("16:1 batches, six times as many", "C4", "C2", "budget"))
+    ("16:1 batches, six times the examples", "C4", "C2", "budget"))
 
 def _ids(row, against):
     "Two rows, or the rows of a design."
