@@ -80,7 +80,8 @@ def _check_field(name, x):
         if not _is_number(x, (int, float)) or not low <= x < 1:
             raise UserError(f"{name} is {x!r}, not a number from {low} to below 1")
     else:
-        low, high = int(name != "pad_token_id"), _counts.get(name, 10**7)
+        low = 0 if name == "pad_token_id" else 1 # an id may be 0, a count may not
+        high = _counts.get(name, 10**7)
         if not _is_number(x, int) or not low <= x <= high:
             raise UserError(f"{name} is {x!r}, not a whole number from {low} to {high:,}")
 
@@ -135,7 +136,7 @@ class AddNorm(nn.Module):
 
 # %% ../nbs/02_bert.ipynb #c67feb0f
 class Attention(nn.Module):
-    "First half of a layer: look at the other tokens, add what was found."
+    "First block of a layer: look at the other tokens, add what was found."
     def __init__(self,
         c:BertConfig, # the sizes
     ):
@@ -203,7 +204,9 @@ class Encoder(nn.Module):
         states = [x]
         for layer in self.layer:
             x = layer(x, mask)
-            states = [*states, x] if keep else [x]
+            if not keep:
+                states.clear()
+            states.append(x)
         return states
 
 # %% ../nbs/02_bert.ipynb #20e7da4d
@@ -327,6 +330,7 @@ def from_pretrained(cls:BertModel,
     with torch.device("meta"): # names and shapes only: nothing is drawn that is overwritten
         model = cls(config)
     missing = _check_weights(model.state_dict(), found.weights, found.folder)
+    # strict=False: only the pooler may be missing, as checked above
     model.to_empty(device="cpu").load_state_dict(found.weights, strict=False)
     if missing:
         log.warning("%s has no pooler: pooler_output starts from random weights", found.folder)
