@@ -248,10 +248,15 @@ def test_each_notebooks_page_offers_it_in_colab_and_for_download(looks):
 
 
 def test_imports_and_long_sources_are_folded(looks):
-    "What a card documents is seen once: a short source stands for the card's first lines, a long one is closed."
+    "What a card documents is seen once: a short source, or the one a chapter is about, stands for the card's first lines; a long one is closed."
     look = looks["02_bert.html"]
-    assert {"Imports", "Source of BertModel"} <= set(look["folds"]) and "Source of Pooler" not in look["folds"]
+    assert {"Imports", "Source of BertConfig"} <= set(look["folds"])
+    assert not {"Source of Pooler", "Source of BertModel"} & set(look["folds"])
     assert look["defined"].count("BertModel") == look["defined"].count("Pooler") == 1, look["defined"]
+    script = (NOTEBOOKS[0].parent/"after-body.html").read_text()
+    heart = re.findall(r'"(\w+)"', re.search(r"const heart = \[(.*?)\]", script)[1])
+    defined = {name for look in looks.values() for name in look["defined"]}
+    assert heart and set(heart) <= defined, set(heart) - defined
 
 
 def test_a_chapter_shows_more_than_code_and_soon_a_figure(looks):
