@@ -22,7 +22,8 @@ def attention_weights(
     score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])  # (b, h, n, n)
     if mask is not None:
         score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    wide = torch.promote_types(score.dtype, torch.float32)  # softmax in at least fp32
+    # half precision is too coarse for a softmax
+    wide = torch.promote_types(score.dtype, torch.float32)
     return score.softmax(-1, dtype=wide).to(score.dtype)
 
 # %% ../nbs/01_attention.ipynb #404d35d7
@@ -59,7 +60,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]: # queries, keys, values, each (b, h, n, d/h)
         "Project, then give each head its own slice of the width."
         q, k, v = self.query(x), self.key(x), self.value(x)  # (b, n, d) each
-        cut = [y.unflatten(-1, (self.h, -1)) for y in (q, k, v)]                   # (b, n, h, d/h)
+        # d becomes h × d/h: (b, n, h, d/h) each
+        cut = [y.unflatten(-1, (self.h, -1)) for y in (q, k, v)]
         return tuple(y.transpose(1, 2) for y in cut)
 
     def forward(self,
