@@ -17,17 +17,17 @@ from .core import UserError
 
 # %% ../nbs/05_round_robin.ipynb #70a1f582
 def feed(
-    epoch_batches:Callable[[int], list[np.ndarray]], # number of a pass → its batches, each (b,)
+    pass_batches:Callable[[int], list[np.ndarray]], # number of a pass → its batches, each (b,)
 ) -> Iterator[np.ndarray]: # index arrays (b,), pass after pass, without end
     "One task's batches: every pass in its own order."
-    if not len(epoch_batches(0)):
+    if not len(pass_batches(0)):
         raise UserError("a task has no training rows")
-    return _epochs(epoch_batches)
+    return _pass_after_pass(pass_batches)
 
-def _epochs(epoch_batches):
+def _pass_after_pass(pass_batches):
     "The batches of pass 0, 1, 2, …"
-    for epoch in count():
-        yield from epoch_batches(epoch)
+    for number in count():
+        yield from pass_batches(number)
 
 # %% ../nbs/05_round_robin.ipynb #717c7639
 Step = list[tuple[str, np.ndarray]] # what one step trains on: (task, row numbers)
@@ -45,7 +45,7 @@ def single(
     if len(feeds) != 1:
         names = ", ".join(feeds)
         raise UserError(f"single-task training of {len(feeds)} tasks ({names}): choose one")
-    (task, batches), = feeds.items()
+    [(task, batches)] = feeds.items()
     return ([(task, index)] for index in batches)
 
 # %% ../nbs/05_round_robin.ipynb #696b44b4
@@ -76,20 +76,20 @@ def shares(
     "How often it is each task's turn, in proportion to N^α."
     _some(sizes)
     n = np.array(list(sizes.values()), dtype=float)
-    p = (n / n.max())**alpha
+    p = (n / n.max())**alpha # scaling leaves the ratios unchanged
     return dict(zip(sizes, (p / p.sum()).tolist()))
 
 # %% ../nbs/05_round_robin.ipynb #26ef75f3
 def annealed(
-    epochs:int, # stages E (the paper's epochs)
-    epoch_steps:int, # steps in a stage
+    stages:int, # E (the paper's epochs)
+    stage_steps:int, # steps in a stage
     last:float=.2, # α in the last stage
 ) -> Callable[[int], float]: # step from 0 → α
     "Stickland & Murray's exponent: 1 in the first stage, falling to `last` in the last."
     def alpha(step):
         "The exponent of a step."
-        stage = min(step // epoch_steps, epochs - 1)
-        return 1 - (1 - last) * stage / max(epochs - 1, 1)
+        stage = min(step // stage_steps, stages - 1)
+        return 1 - (1 - last) * stage / max(stages - 1, 1)
     return alpha
 
 # %% ../nbs/05_round_robin.ipynb #ada1422d
@@ -101,7 +101,7 @@ def proportional(
 ) -> Iterator[Step]: # one batch per step
     "A task drawn at random, in proportion to N^α."
     names = list(feeds)
-    rng = np.random.default_rng([seed, len(names)])
+    rng = np.random.default_rng([seed, len(names)]) # other draws for another number of tasks
     for step in count():
         exponent = alpha(step) if callable(alpha) else alpha
         p = shares({t: sizes[t] for t in names}, exponent)
