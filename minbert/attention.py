@@ -19,7 +19,7 @@ def attention_weights(
     mask:Tensor|None=None, # True where a key may be seen; broadcasts to (b, h, n, n)
 ) -> Tensor: # (b, h, n, n); every row sums to one
     "How much each query looks at each key."
-    score = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])  # (b, h, n, n)
+    score = torch.einsum("bhic,bhjc->bhij", q, k) / math.sqrt(q.shape[-1])  # (b, h, n, n)
     if mask is not None:
         score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
     # half precision is too coarse for a softmax
@@ -38,7 +38,7 @@ def attention(
     weight = attention_weights(q, k, mask)
     if dropout is not None:
         weight = dropout(weight)
-    return torch.einsum("bhij,bhjd->bhid", weight, v)  # (b, h, n, d/h)
+    return torch.einsum("bhij,bhjc->bhic", weight, v)  # (b, h, n, d/h)
 
 # %% ../nbs/01_attention.ipynb #605c3f9f
 class SelfAttention(nn.Module):

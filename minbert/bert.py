@@ -269,18 +269,23 @@ class BertModel(nn.Module):
         output_hidden_states:bool=False, # also give every layer's output
     ) -> BertOutput: # hidden states, and one pooled vector for each text
         "Read a batch of texts."
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("a BERT reads input_ids or inputs_embeds, and not both")
-        c, x = self.config, input_ids if inputs_embeds is None else inputs_embeds
-        if x.shape[1] > c.max_position_embeddings:
-            raise UserError(f"a text of {x.shape[1]} tokens, but this BERT has places "
-                            f"for {c.max_position_embeddings}: truncate it")
-        _check_ids(input_ids, c.vocab_size, "token id", "vocab_size")
-        _check_ids(token_type_ids, c.type_vocab_size, "token type", "type_vocab_size")
+        _check_inputs(self.config, input_ids, token_type_ids, inputs_embeds)
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds)
         states = self.encoder(x, _padding(attention_mask), output_hidden_states)
         kept = tuple(states) if output_hidden_states else None
         return BertOutput(states[-1], self.pooler(states[-1]), kept)
+
+# %% ../nbs/02_bert.ipynb #bert-checks
+def _check_inputs(c, input_ids, token_type_ids, inputs_embeds):
+    "Refuse what a BERT of these sizes cannot read."
+    if (input_ids is None) == (inputs_embeds is None):
+        raise UserError("a BERT reads input_ids or inputs_embeds, and not both")
+    x = input_ids if inputs_embeds is None else inputs_embeds
+    if x.shape[1] > c.max_position_embeddings:
+        raise UserError(f"a text of {x.shape[1]} tokens, but this BERT has places "
+                        f"for {c.max_position_embeddings}: truncate it")
+    _check_ids(input_ids, c.vocab_size, "token id", "vocab_size")
+    _check_ids(token_type_ids, c.type_vocab_size, "token type", "type_vocab_size")
 
 def _can_ask(x):
     "Whether the values of a tensor can be looked at."
@@ -301,6 +306,26 @@ def _padding(mask):
     if _can_ask(mask) and mask.all():
         return None
     return mask.bool()
+
+def _check_weights(want, got, where):
+    "Refuse tensors that do not fit; the names of those that may be missing."
+    missing = [name for name in want if name not in got]
+    lacking = [name for name in missing if not name.startswith("pooler.")]
+    extra = [name for name in got if name not in want]
+    if lacking:
+        raise UserError(f"{where}: the weights lack {_first(lacking)}")
+    if extra:
+        raise UserError(f"{where}: config.json has no place for {_first(extra)}")
+    wrong = [name for name in got if got[name].shape != want[name].shape]
+    if wrong:
+        sizes = [tuple(x[wrong[0]].shape) for x in (got, want)]
+        raise UserError(f"{where}: {_first(wrong)} is {sizes[0]}, "
+                        f"by config.json it should be {sizes[1]}")
+    return missing
+
+def _first(names):
+    "The first of some names, and how many more there are."
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 # %% ../nbs/02_bert.ipynb #e4324eaf
 def pocket_bert(
@@ -337,26 +362,6 @@ def from_pretrained(cls:BertModel,
         init_weights(model.pooler.dense, config.initializer_range)
     model.vocab, model.lowercase = found.vocab, found.lowercase
     return model.eval()
-
-def _check_weights(want, got, where):
-    "Refuse tensors that do not fit; the names of those that may be missing."
-    missing = [name for name in want if name not in got]
-    lacking = [name for name in missing if not name.startswith("pooler.")]
-    extra = [name for name in got if name not in want]
-    if lacking:
-        raise UserError(f"{where}: the weights lack {_first(lacking)}")
-    if extra:
-        raise UserError(f"{where}: config.json has no place for {_first(extra)}")
-    wrong = [name for name in got if got[name].shape != want[name].shape]
-    if wrong:
-        sizes = [tuple(x[wrong[0]].shape) for x in (got, want)]
-        raise UserError(f"{where}: {_first(wrong)} is {sizes[0]}, "
-                        f"by config.json it should be {sizes[1]}")
-    return missing
-
-def _first(names):
-    "The first of some names, and how many more there are."
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 # %% ../nbs/02_bert.ipynb #4ae7b215
 @patch
