@@ -63,14 +63,14 @@ def distance_for(
 class Smart:
     "Settings of SMART: how strong, how far, where."
     lam: float = 3.0 # λ_s, weight of the adversarial term; 0: off
-    eps: float = 1e-5 # ε, radius of the ball around the vectors
+    eps: float = 1e-5 # ε, radius of the box around the vectors
     sigma: float = 1e-5 # σ, standard deviation of the noise from which the ascent starts
     eta: float = 1e-3 # η, length of an ascent step
     steps: int = 1 # K, ascent steps
     mu: float = 1.0 # μ, weight of the Bregman term; 0: off, and no teacher is kept
     betas: tuple[float, float] = (.99, .999) # β of the teacher, early and late
     switch: float = .1 # fraction of the updates after which β changes
-    project: bool = True # False: every token is scaled to a sup-norm of about 1 instead
+    project: bool = True # False: every token is scaled until its largest entry is about 1
     on: tuple[str, ...] = () # tasks that get the penalty; empty: all of them
     at: str = "words" # what is moved: words, embeddings, or the name of a module
 
@@ -112,11 +112,11 @@ def sup_norm(
 ) -> Tensor: # (r, 1, 1)
     "The largest entry of each example's gradient."
     by_row = g.abs().flatten(1).amax(1)                           # (r,)
-    by_example = by_row.view(parts, -1).amax(0)                   # (b,), larger of two sentences
+    by_example = by_row.view(parts, -1).amax(0)                   # (b,); i and b + i are a pair
     return by_example.repeat(parts)[:, None, None].clamp(min=torch.finfo(g.dtype).tiny)
 
 def _to_unit(delta, g, c, parts):
-    "Without projection: along the raw gradient, then every token to a sup-norm of about 1."
+    "Without projection: along the raw gradient, then every token's largest entry to about 1."
     step = delta + c.eta * g
     return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
 
@@ -137,8 +137,10 @@ def smart_perturb(
     if rest or not parts:
         raise UserError(f"SMART: {len(x)} rows of vectors do not belong to {len(y)} answers")
     keep = 1. if mask is None else mask[..., None].to(x.dtype)    # (r, n, 1)
-    move = _to_ball if c.project else _to_unit
-    delta = (c.sigma * torch.randn_like(x) if noise is None else noise) * keep
+    move = _to_box if c.project else _to_unit
+    if noise is None:
+        noise = c.sigma * torch.randn_like(x)
+    delta = noise * keep
     for _ in range(c.steps):
         delta.requires_grad_()
         with torch.enable_grad():
@@ -146,8 +148,8 @@ def smart_perturb(
         delta = move(delta.detach(), g, c, parts) * keep
     return delta
 
-def _to_ball(delta, g, c, parts):
-    "The paper's step: along the normalised gradient, then back into the ball."
+def _to_box(delta, g, c, parts):
+    "The paper's step: along the normalised gradient, then back into the box."
     r = radius(c.eps, delta.dtype)
     return (delta + c.eta * g / sup_norm(g, parts)).clamp(-r, r)
 
@@ -258,7 +260,8 @@ class EmbeddingHook:
     ) -> Tensor: # (r, n, d)
         "Normal noise that depends on nothing but the last pass."
         ids, x = self.given[0]
-        seed = crc32(_bytes(ids), crc32(_bytes(self.state)))  # same batch and state, same noise
+        # not drawn from the run's own random stream; same batch and state, same noise
+        seed = crc32(_bytes(ids), crc32(_bytes(self.state)))
         g = torch.Generator(x.device).manual_seed(seed)
         return sigma * torch.randn(x.shape, generator=g, device=x.device, dtype=x.dtype)
 
