@@ -645,7 +645,7 @@ kinds = {"attention": _Kind(
         _Probe("with a mask, it is the mean of the visible values",
                partial(_equal_keys, mask=_last_hidden)),
         _Probe("what stands at a hidden place changes nothing", _influence, near=1e-4),
-        _Probe("the output is softmax(q kᵀ / √d) v",
+        _Probe("the output is softmax(q kᵀ / √d_k) v",
                lambda f: f(*_texts(), None).flatten()),
         _Probe("with a mask, the softmax runs over the visible keys",
                lambda f: f(*_texts(), _last_hidden).flatten()),
