@@ -37,7 +37,7 @@ def expected_gramian(
     mine = torch.stack([_where(tasks, name) for name in dict.fromkeys(tasks)]) # (T, N)
     A = mine.double() * counts[..., None, :] # (..., T, N)
     others = 1 - torch.eye(len(G), dtype=torch.float64) # 0 for a batch with itself
-    total = A @ (G * others) @ A.mT # over pairs of different batches
+    total = A @ (G * others) @ A.mT # sum over pairs of different batches, weighted by counts
     pairs = A @ others @ A.mT # how many such pairs
     return total / pairs
 
@@ -51,12 +51,13 @@ def bootstrap_gramians(
     draws:int=1000, # resamples
     seed:int=0, # of the resamples
 ) -> Tensor: # (draws, T, T)
-    "The same from batches drawn again with replacement, each task among its own."
+    "The same from a task's n batches drawn again n - 1 times, with replacement."
     rng = torch.Generator().manual_seed(seed)
     counts = torch.zeros(draws, len(tasks), dtype=torch.float64)
     for name in dict.fromkeys(tasks):
         mine = _where(tasks, name).double()
-        drawn = mine.expand(draws, -1).multinomial(int(mine.sum()), True, generator=rng)
+        n = int(mine.sum())
+        drawn = mine.expand(draws, -1).multinomial(n - 1, replacement=True, generator=rng)
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     return expected_gramian(G, tasks, counts)
 
@@ -197,7 +198,7 @@ def measure(
     batches:list[tuple[str, object]], # (task, batch) of one step; a task's batches count as one
     radius:float=.01, # length of the probing step ‖θ' - θ‖
 ) -> dict: # tasks, loss, gram (layer group → lower triangle), curvature (pair → H̃)
-    "How the tasks' gradients lie to each other at the present weights, dropout off."
+    "How the tasks' gradients are oriented at the present weights, dropout off."
     named, gram = _trained(model), {}
     theta = list(named.values())
     with evaluating(model):
@@ -229,15 +230,16 @@ def _curvature(losses, theta, values, grads, G, radius):
     "The Taylor gap of each pair of tasks."
     found = {}
     for i, j in zip(*torch.tril_indices(len(G), len(G), -1).tolist()):
-        g2 = float(G[i, i] + G[j, j] + 2 * G[i, j])
-        if g2 <= 0:
+        squared_length = float(G[i, i] + G[j, j] + 2 * G[i, j])        # ‖g_i + g_j‖²
+        if squared_length <= 0:
             continue
-        t = radius / g2**.5
+        t = radius / squared_length**.5
         direction = [a + b for a, b in zip(grads[i], grads[j])]
         with moved(theta, direction, -t), torch.no_grad():
             end = losses[i]().item() + losses[j]().item()
-        bend = curvature_taylor(values[i] + values[j], end, -t * g2, radius)
-        found[f"{i},{j}"] = bend * g2                              # H̃
+        slope = -t * squared_length
+        bend = curvature_taylor(values[i] + values[j], end, slope, radius)
+        found[f"{i},{j}"] = bend * squared_length                  # H̃
     return found
 
 def _lower(G):
