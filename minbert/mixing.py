@@ -22,7 +22,7 @@ def feed(
     "One task's batches: every pass in its own order."
     if not len(pass_batches(0)):
         raise UserError("a task has no training rows")
-    return _pass_after_pass(pass_batches)
+    return _pass_after_pass(pass_batches) # a second function: the error comes at the call
 
 def _pass_after_pass(pass_batches):
     "The batches of pass 0, 1, 2, …"
@@ -45,7 +45,7 @@ def single(
     if len(feeds) != 1:
         names = ", ".join(feeds)
         raise UserError(f"single-task training of {len(feeds)} tasks ({names}): choose one")
-    [(task, batches)] = feeds.items()
+    [(task, batches)] = feeds.items() # the only one
     return ([(task, index)] for index in batches)
 
 # %% ../nbs/05_round_robin.ipynb #696b44b4
@@ -101,7 +101,7 @@ def proportional(
 ) -> Iterator[Step]: # one batch per step
     "A task drawn at random, in proportion to N^α."
     names = list(feeds)
-    rng = np.random.default_rng([seed, len(names)]) # other draws for another number of tasks
+    rng = np.random.default_rng([seed, len(names)]) # two tasks and three share no draws
     for step in count():
         exponent = alpha(step) if callable(alpha) else alpha
         p = shares({t: sizes[t] for t in names}, exponent)
