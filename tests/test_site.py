@@ -153,6 +153,7 @@ LOOK = """() => {
     folds: [...main.querySelectorAll("details.code-fold:not([open]) > summary")].map(e => e.innerText),
     defined: code.filter(e => box(e).height).flatMap(e => [...e.textContent.matchAll(/^(?:class|def) (\\w+)/gm)].map(m => m[1])),
     code: code.reduce((sum, e) => sum + box(e).height, 0) / box(main).height,
+    solutions: [...main.querySelectorAll("details.code-fold > summary")].filter(e => /^Solution/.test(e.innerText)).map(e => [...e.closest(".cell").querySelectorAll(".cell-output")].filter(o => box(o).height).length),
     figure: first && (box(first).top + scrollY)};
 }"""
 AXE = """async (skip) => (await axe.run(skip ? {exclude: [skip]} : document, {resultTypes: ["violations"],
@@ -257,6 +258,11 @@ def test_imports_and_long_sources_are_folded(looks):
     heart = re.findall(r'"(\w+)"', re.search(r"const heart = \[(.*?)\]", script)[1])
     defined = {name for look in looks.values() for name in look["defined"]}
     assert heart and set(heart) <= defined, set(heart) - defined
+
+
+def test_what_a_solution_prints_stays_closed_with_it(looks):
+    open_ones = {name: look["solutions"] for name, look in looks.items() if look["solutions"]}
+    assert len(open_ones) > 12 and not any(sum(n) for n in open_ones.values()), open_ones
 
 
 def test_a_chapter_shows_more_than_code_and_soon_a_figure(looks):
