@@ -108,7 +108,7 @@ def context_free_auc(
     score = np.where(q > 0, -q, -1.)                    # what is never drawn is never suspected
     _, rank = np.unique(score, return_inverse=True)
     replaced, original = (np.bincount(rank, x) for x in (replaced, original))
-    lower = np.cumsum(original) - original / 2          # originals ranked lower, half of the ties
+    lower = np.cumsum(original) - original / 2          # of lower rank, and half of the same rank
     return float(replaced @ lower / (replaced.sum() * original.sum()))
 
 # %% ../nbs/11_electra.ipynb #6fbddbb2
@@ -260,7 +260,7 @@ class Electra(nn.Module):
             if self.training:                           # the same pass serves the discriminator
                 self._carried = batch, self.fill(batch, logits)
             return logits
-        filled, ids = self._carried
+        filled, ids = self._carried                     # what the mlm step forged, and its forgery
         self._carried = None, None
         if filled is not batch:                         # no stored forgery: forge afresh
             ids = self.corrupt(batch)
@@ -301,6 +301,7 @@ def export(self:Electra) -> BertModel:
     "The discriminator as an ordinary BERT: its tables are what it really reads."
     d = self.discriminator
     state = d.state_dict()
+    # all but the shared tables
     own = {k: state[k] for k in state if k.split(".")[1] not in shared_tables}
     for name in shared_tables:
         own[f"embeddings.{name}.weight"] = getattr(d.embeddings, name).weight.detach()
