@@ -76,7 +76,8 @@ def choose(
     "Which tokens are to be guessed."
     k = max(1, round(rate * len(ids)))
     if continues is None:
-        return np.sort(rng.permutation(len(ids))[:k])
+        shuffled = rng.permutation(len(ids))
+        return np.sort(shuffled[:k])
     word = np.cumsum(~continues[ids]) # (n,) number of the word that a token belongs to
     return np.sort(_choose_words(word, k, rng))
 
@@ -278,7 +279,8 @@ class MlmModel(nn.Module):
     ) -> Tensor: # (k, V)
         "Logits at the chosen places."
         h = self.bert(batch.masked, batch.attention_mask).last_hidden_state # (r, n, d)
-        return self.head(h.flatten(0, 1)[batch.positions], self.table) # (k, V)
+        chosen = h.flatten(0, 1)[batch.positions] # (k, d)
+        return self.head(chosen, self.table) # (k, V)
 
     def loss(self,
         task:str, # always mlm
