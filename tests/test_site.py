@@ -153,7 +153,7 @@ LOOK = """() => {
     folds: [...main.querySelectorAll("details.code-fold:not([open]) > summary")].map(e => e.innerText),
     defined: code.filter(e => box(e).height).flatMap(e => [...e.textContent.matchAll(/^(?:class|def) (\\w+)/gm)].map(m => m[1])),
     code: code.reduce((sum, e) => sum + box(e).height, 0) / box(main).height,
-    solutions: [...main.querySelectorAll("details.code-fold > summary")].filter(e => /^Solution/.test(e.innerText)).map(e => [...e.closest(".cell").querySelectorAll(".cell-output")].filter(o => box(o).height).length),
+    solutions: [...main.querySelectorAll("details.code-fold > summary")].filter(e => /^Solution/.test(e.innerText)).map(e => [...e.closest(".cell").querySelectorAll(".cell-output")].filter(o => !o.closest("details:not([open])")).length),
     figure: first && (box(first).top + scrollY)};
 }"""
 AXE = """async (skip) => (await axe.run(skip ? {exclude: [skip]} : document, {resultTypes: ["violations"],
