@@ -35,7 +35,8 @@ def sample_tokens(
 ) -> Tensor: # (k,) token ids
     "Draw one token per row from softmax(logits)."
     u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
-    return (logits - (-u.log()).log()).argmax(-1)       # logits + Gumbel noise, in fp32
+    gumbel = -(-u.log()).log()
+    return (logits + gumbel).argmax(-1)                 # in fp32
 
 # %% ../nbs/11_electra.ipynb #c2e0048e
 class Projected(nn.Module):
@@ -224,15 +225,6 @@ class Electra(nn.Module):
         self.register_buffer("used", used, persistent=False)
         share_tables(generator.bert.embeddings, discriminator.embeddings, sharing)
 
-    def fill(self,
-        batch:TextBatch, # texts with chosen places
-        logits:Tensor, # (k, V) the generator's
-        rng:torch.Generator|None=None, # of the samples; default: torch's own
-    ) -> Tensor: # (r, n)
-        "The original texts with samples at the chosen places; no gradient passes."
-        samples = sample_tokens(logits, rng)
-        return batch.ids.flatten().index_copy(0, batch.positions, samples).view_as(batch.ids)
-
     @torch.no_grad()
     def corrupt(self,
         batch:TextBatch, # texts with chosen places
@@ -241,14 +233,6 @@ class Electra(nn.Module):
         "The texts filled by a pass of the generator that is made for this, without dropout."
         with evaluating(self.generator):
             return self.fill(batch, self.generator("mlm", batch), rng)
-
-    def judge(self,
-        batch:TextBatch, # the original texts
-        ids:Tensor, # (r, n) corrupted ones
-    ) -> tuple: # logits, corrupted ids, labels, mask of real tokens
-        "What the discriminator says of a corrupted text."
-        h = self.discriminator(ids, batch.attention_mask).last_hidden_state # (r, n, d)
-        return _Judged(self.head(h), ids, (ids != batch.ids).float(), batch.attention_mask)
 
     def forward(self,
         task:str, # mlm or rtd
@@ -266,24 +250,47 @@ class Electra(nn.Module):
             ids = self.corrupt(batch)
         return self.judge(batch, ids)
 
-    def loss(self,
-        task:str, # mlm or rtd
-        batch:TextBatch, # what was read
-        out:Tensor|tuple, # from forward
-    ) -> Tensor: # scalar
-        "L_MLM, or λ times the mean binary cross-entropy over all real tokens."
-        if task == "mlm":
-            return self.generator.loss(task, batch, out)
-        real = out.mask.bool()
-        return self.lam * F.binary_cross_entropy_with_logits(out.logits.float()[real],
-                                                             out.labels[real])
-
     def plan(self,
         batch:TextBatch, # on the model's device
     ) -> list[list]: # what each optimiser step trains on
         "ES: one step with both losses; NES and GDES: the generator's, then the discriminator's."
         both = [("mlm", batch), ("rtd", batch)]
         return [both] if self.sharing == "es" else [[part] for part in both]
+
+# %% ../nbs/11_electra.ipynb #e1ec7a00
+@patch
+def fill(self:Electra,
+    batch:TextBatch, # texts with chosen places
+    logits:Tensor, # (k, V) the generator's
+    rng:torch.Generator|None=None, # of the samples; default: torch's own
+) -> Tensor: # (r, n)
+    "The original texts with samples at the chosen places; no gradient passes."
+    samples = sample_tokens(logits, rng)
+    return batch.ids.flatten().index_copy(0, batch.positions, samples).view_as(batch.ids)
+
+# %% ../nbs/11_electra.ipynb #e1ec7a01
+@patch
+def judge(self:Electra,
+    batch:TextBatch, # the original texts
+    ids:Tensor, # (r, n) corrupted ones
+) -> tuple: # logits, corrupted ids, labels, mask of real tokens
+    "What the discriminator says of a corrupted text."
+    h = self.discriminator(ids, batch.attention_mask).last_hidden_state # (r, n, d)
+    return _Judged(self.head(h), ids, (ids != batch.ids).float(), batch.attention_mask)
+
+# %% ../nbs/11_electra.ipynb #e1ec7a02
+@patch
+def loss(self:Electra,
+    task:str, # mlm or rtd
+    batch:TextBatch, # what was read
+    out:Tensor|tuple, # from forward
+) -> Tensor: # scalar
+    "L_MLM, or λ times the mean binary cross-entropy over all real tokens."
+    if task == "mlm":
+        return self.generator.loss(task, batch, out)
+    real = out.mask.bool()
+    return self.lam * F.binary_cross_entropy_with_logits(out.logits.float()[real],
+                                                         out.labels[real])
 
 # %% ../nbs/11_electra.ipynb #8528c4be
 @patch(as_prop=True)

@@ -130,10 +130,10 @@ def smart_perturb(
     mask:Tensor|None=None, # (r, n), 0 for padding, which stays where it is; none if not given
     noise:Tensor|None=None, # (r, n, d) where the ascent starts; drawn if not given
 ) -> Tensor: # (r, n, d) δ
-    "The small move of the words that moves the answer most (Jiang et al. 2020, algorithm 1)."
+    "A small move of the words that moves the answer far (Jiang et al. 2020, algorithm 1)."
     x, y = x.detach(), y.detach()
     ell = ell or distance_for(y)
-    parts, rest = divmod(len(x), len(y))                          # sequences of one example
+    parts, rest = divmod(len(x), len(y))    # 1, or 2 where a pair is two sequences
     if rest or not parts:
         raise UserError(f"SMART: {len(x)} rows of vectors do not belong to {len(y)} answers")
     keep = 1. if mask is None else mask[..., None].to(x.dtype)    # (r, n, 1)
