@@ -234,29 +234,6 @@ class Electra(nn.Module):
         with evaluating(self.generator):
             return self.fill(batch, self.generator("mlm", batch), rng)
 
-    def forward(self,
-        task:str, # mlm or rtd
-        batch:TextBatch, # texts with chosen places
-    ) -> Tensor|tuple: # the generator's logits (k, V), or what the discriminator says
-        "What one of the two parts says."
-        if task == "mlm":
-            logits = self.generator(task, batch)
-            if self.training:                           # the same pass serves the discriminator
-                self._carried = batch, self.fill(batch, logits)
-            return logits
-        filled, ids = self._carried                     # what the mlm step forged, and its forgery
-        self._carried = None, None
-        if filled is not batch:                         # no stored forgery: forge afresh
-            ids = self.corrupt(batch)
-        return self.judge(batch, ids)
-
-    def plan(self,
-        batch:TextBatch, # on the model's device
-    ) -> list[list]: # what each optimiser step trains on
-        "ES: one step with both losses; NES and GDES: the generator's, then the discriminator's."
-        both = [("mlm", batch), ("rtd", batch)]
-        return [both] if self.sharing == "es" else [[part] for part in both]
-
 # %% ../nbs/11_electra.ipynb #e1ec7a00
 @patch
 def fill(self:Electra,
@@ -291,6 +268,33 @@ def loss(self:Electra,
     real = out.mask.bool()
     return self.lam * F.binary_cross_entropy_with_logits(out.logits.float()[real],
                                                          out.labels[real])
+
+# %% ../nbs/11_electra.ipynb #e1ec7a10
+@patch
+def forward(self:Electra,
+    task:str, # mlm or rtd
+    batch:TextBatch, # texts with chosen places
+) -> Tensor|tuple: # the generator's logits (k, V), or what the discriminator says
+    "What one of the two parts says."
+    if task == "mlm":
+        logits = self.generator(task, batch)
+        if self.training:                           # the same pass serves the discriminator
+            self._carried = batch, self.fill(batch, logits)
+        return logits
+    filled, ids = self._carried                     # what the mlm step forged, and its forgery
+    self._carried = None, None
+    if filled is not batch:                         # no stored forgery: forge afresh
+        ids = self.corrupt(batch)
+    return self.judge(batch, ids)
+
+# %% ../nbs/11_electra.ipynb #e1ec7a11
+@patch
+def plan(self:Electra,
+    batch:TextBatch, # on the model's device
+) -> list[list]: # what each optimiser step trains on
+    "ES: one step with both losses; NES and GDES: the generator's, then the discriminator's."
+    both = [("mlm", batch), ("rtd", batch)]
+    return [both] if self.sharing == "es" else [[part] for part in both]
 
 # %% ../nbs/11_electra.ipynb #8528c4be
 @patch(as_prop=True)
