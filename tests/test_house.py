@@ -71,6 +71,22 @@ def test_a_chapter_is_readable(path):
     assert not [s for kind, s in cells if kind == "code" and re.search(r"from\s+\S+\s+import\s+\*", s)]
 
 
+def unfilled(text):
+    "Placeholders of an f-string that reached a page: {name[...]}, {x:.3f}, {f(x)}."
+    prose = re.sub(r"\$[^$]*\$|`[^`]*`", "", text)                                     # formulas and code may have braces
+    return re.findall(r"\{[^{}\n]*[\[(:.=][^{}\n]*\}", prose)
+
+
+def test_no_placeholder_is_left_in_what_a_page_says():
+    assert unfilled("It gained {-loss['para']:.3f} here.") and not unfilled(r"{BERT} is `{x:.2f}` or $a_{(i)}$")
+    for path in NOTEBOOKS:
+        for k, cell in enumerate(json.loads(path.read_text())["cells"]):
+            said = ["".join(cell["source"])] if cell["cell_type"] == "markdown" and "```" not in "".join(cell["source"]) else []
+            said += ["".join(o.get("data", {}).get("text/markdown", "")) for o in cell.get("outputs", [])]
+            left = [x for text in said for x in unfilled(text)]
+            assert not left, f"{path.name}, cell {k}: {left[0]}"
+
+
 def is_patch(node):
     "Whether a function is a method that is taught after its class (fastcore's `@patch`)."
     return any("patch" in ast.unparse(d) for d in node.decorator_list)
