@@ -73,7 +73,7 @@ def test_a_chapter_is_readable(path):
 
 def unfilled(text):
     "Placeholders of an f-string that reached a page: {name[...]}, {x:.3f}, {f(x)}."
-    prose = re.sub(r"\$[^$]*\$|`[^`]*`", "", text)                                     # formulas and code may have braces
+    prose = re.sub(r"\$\$[\s\S]*?\$\$|\$[^$]*\$|`[^`]*`", "", text) # formulas and code may have braces
     return re.findall(r"\{[^{}\n]*[\[(:.=][^{}\n]*\}", prose)
 
 
