@@ -60,6 +60,8 @@ def then_kill(self, target):
     return got
 pathlib.Path.rename = then_kill
 """
+# a signal a little after the Nth write of a state, at any moment; timed inside, since a watcher
+# outside may sleep through the whole run
 soon = """
 import os, signal, threading
 import minbert.runs as m
@@ -67,8 +69,8 @@ save, count = m.save_file, [0]
 def then(tensors, path, *a, **kw):
     save(tensors, path, *a, **kw)
     count[0] += 1
-    if count[0] == 2: # the first state is in its place
-        threading.Timer({wait}, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if count[0] == {nth}: # the one before is in its place
+        threading.Timer({wait}, os.kill, (os.getpid(), signal.{what})).start()
 m.save_file = then
 """
 killed = {"the state": half.format(module="runs", nth=5),
@@ -187,8 +189,8 @@ def test_killed_after_the_first_saved_state(uninterrupted, data_dir, tmp_path):
 def test_killed_again_and_again(uninterrupted, data_dir, tmp_path):
     out, steps = tmp_path / "run", 0
     state = out / "state" / "last.safetensors"
-    for wait in (.03, .11): # counted inside: a watcher outside may sleep through the whole run
-        process = start(soon.format(wait=wait), out, data_dir)
+    for wait in (.03, .11):
+        process = start(soon.format(nth=2, wait=wait, what="SIGKILL"), out, data_dir)
         process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, "finished before it was killed"
         with safe_open(state, "pt") as f:
@@ -271,13 +273,8 @@ def test_damaged_files_are_named(data_dir, tmp_path, fails):
 
 def test_stopped_with_ctrl_c(uninterrupted, data_dir, tmp_path):
     out = tmp_path / "run"
-    process = start("", out, data_dir)
-    try:
-        wait_for((out / "state" / "last.safetensors").exists, process)
-        process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=60)[1].decode()
-    finally:
-        process.kill()
+    process = start(soon.format(nth=2, wait=.01, what="SIGINT"), out, data_dir)
+    err = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130 and "--resume" in err and "Traceback" not in err, err
     finish(out, data_dir)
     same(out, uninterrupted)
@@ -290,8 +287,9 @@ def test_methods_go_on_as_if_nothing_had_happened(args, data_dir, tmp_path):
     out = tmp_path / "out" / "run"
     out.parent.mkdir()
     state = out / "state" / "last.safetensors"
-    process = start("", out, data_dir, args)
-    kill_after(process, lambda: state.exists() and lines(out) > 7)
+    process = start(soon.format(nth=6, wait=.02, what="SIGKILL"), out, data_dir, args)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, "finished before it was killed"
     with safe_open(state, "pt") as f:
         assert args is READING or any(k.startswith("plug.") for k in f.keys())
         assert args is METHODS or int(f.metadata()["step"]) % 2 == 0
