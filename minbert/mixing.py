@@ -100,13 +100,16 @@ def proportional(
     seed:int, # of the run
 ) -> Iterator[Step]: # one batch per step
     "A task drawn at random, in proportion to N^α."
+    _some(feeds)
     names = list(feeds)
-    rng = np.random.default_rng([seed, len(names)]) # two tasks and three share no draws
-    for step in count():
+    rng = np.random.default_rng([seed, len(names)]) # another stream for another number of tasks
+    def draw(step):
+        "The batch of a step."
         exponent = alpha(step) if callable(alpha) else alpha
         p = shares({t: sizes[t] for t in names}, exponent)
         task = names[rng.choice(len(names), p=list(p.values()))]
-        yield [(task, next(feeds[task]))]
+        return [(task, next(feeds[task]))]
+    return (draw(step) for step in count())
 
 # %% ../nbs/05_round_robin.ipynb #00f7b661
 mixings = {"single": single, "round_robin": round_robin, "summed": summed} # all but the draws
