@@ -116,7 +116,7 @@ def sup_norm(
     return by_example.repeat(parts)[:, None, None].clamp(min=torch.finfo(g.dtype).tiny)
 
 def _to_unit(delta, g, c, parts):
-    "Without projection: along the raw gradient, then every token's largest entry to about 1."
+    "smart-pytorch's rule, without projection: the raw gradient; each token's largest entry to 1."
     step = delta + c.eta * g
     return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
 
@@ -150,7 +150,7 @@ def smart_perturb(
 
 def _to_box(delta, g, c, parts):
     "The paper's step: along the normalised gradient, then back into the box."
-    r = radius(c.eps, delta.dtype)
+    r = radius(c.eps, delta.dtype)                 # ε, rounded down so that no clamp leaves the box
     return (delta + c.eta * g / sup_norm(g, parts)).clamp(-r, r)
 
 # %% ../nbs/09_smart.ipynb #e968af73
