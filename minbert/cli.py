@@ -930,7 +930,7 @@ def _demo_line(task, labels, floors, trained):
     pulls = [influence(x, labels, task.metric) for x in (trained, floors[best])]
     error = (pulls[0] - pulls[1]).std() / len(labels)**.5 # paired: the same rows
     return {"task": task.title, "rows": len(labels), **scores,
-            "over best floor": f"{gain:+.3f} ± {error:.3f}", "verdict": _verdict(gain, error)}
+            "gain on best floor": f"{gain:+.3f} ± {error:.3f}", "verdict": _verdict(gain, error)}
 
 def _verdict(gain, error):
     "The difference to the best floor in words."
@@ -950,7 +950,7 @@ def _demo_table(corpus, before, out):
             floors[_floors["cosine"]] = before[name]
         trained = pd.read_csv(out / f"dev-{name}.csv").iloc[:, 1].to_numpy(float)
         lines.append(_demo_line(task, corpus[name]["dev"].labels, floors, trained))
-    columns = ["task", "rows", *_floors.values(), "trained", "over best floor", "verdict"]
+    columns = ["task", "rows", *_floors.values(), "trained", "gain on best floor", "verdict"]
     return pd.DataFrame(lines, columns=columns, index=list(corpus.tasks))
 
 # %% ../nbs/A9_cli.ipynb #6ff8c7df
