@@ -562,9 +562,14 @@ def plot_forest(
             _draw_contrast(panel, e.y, e)
     ax, last = axes[0, 0], axes[0, -1]
     for e in lines.itertuples():
-        last.annotate(_signed(e.ours, 3) if headings else verdict_words(e), (1.03, e.y),
-                      xycoords=("axes fraction", "data"), va="center", fontsize=9,
-                      color=_color(e))
+        said = {1.03: (_signed(e.ours, 3) if headings else verdict_words(e), _color(e))}
+        if headings and not np.isnan(e.report):
+            said[1.15] = _signed(e.report, 3), "#777777"
+        for x, (text, color) in said.items():
+            last.annotate(text, (x, e.y), xycoords=("axes fraction", "data"), va="center",
+                          fontsize=9, color=color)
+    for x, text in ((1.03, "ours"), (1.15, "report's")) if headings else ():
+        last.annotate(text, (x, 1.01), xycoords="axes fraction", fontsize=9, color="#777777")
     low, high = np.nanmin([lines.low, lines.report]), np.nanmax([lines.high, lines.report])
     ax.set_yticks([*lines.y, *titles.values()], [*lines.name, *titles])
     for label in ax.get_yticklabels()[len(lines):]:
@@ -573,7 +578,7 @@ def plot_forest(
     if not headings:
         last.set(xlim=(-4 * margin, 4 * margin), title="the middle, magnified")
         last.title.set(fontsize=9, fontweight="normal")
-    words = "" if headings else "   open: undecided"
+    words = "   colour: beyond chance" if headings else "   open: undecided"
     fig.supxlabel(f"difference of the {score} dev score\n● ours, 95 %   ◇ the report's   "
                   f"grey: too small to matter{words}", fontsize=9)
     return tuple(axes[0])
