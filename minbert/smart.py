@@ -24,9 +24,9 @@ def sym_kl(
     b:Tensor, # logits (b, C)
 ) -> Tensor: # mean over the rows
     "KL(P‖Q) + KL(Q‖P) of two softmax distributions."
-    p = a.log_softmax(-1)                                         # (b, C)
-    q = b.log_softmax(-1)
-    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+    log_p = a.log_softmax(-1)                                     # (b, C)
+    log_q = b.log_softmax(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
 
 # %% ../nbs/09_smart.ipynb #a8faec85
 def bernoulli_sym_kl(
