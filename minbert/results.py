@@ -578,7 +578,7 @@ def plot_forest(
     if not headings:
         last.set(xlim=(-4 * margin, 4 * margin), title="the middle, magnified")
         last.title.set(fontsize=9, fontweight="normal")
-    words = "   colour: beyond chance" if headings else "   open: undecided"
+    words = "   blue: helps   orange: hurts" if headings else "   open: undecided"
     fig.supxlabel(f"difference of the {score} dev score\n● ours, 95 %   ◇ the report's   "
                   f"grey: too small to matter{words}", fontsize=9)
     return tuple(axes[0])
