@@ -1028,7 +1028,8 @@ def _demo_report(table, texts, corpus, result, out):
     metrics = ", ".join(t.metric for t in corpus.tasks.values())
     print(f"\nWhat {result['wall_s']:.0f} s of training taught. Scores on the same dev rows "
           f"({metrics}):\n")
-    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep="-",
+                          col_space={"gain on best floor": 22})) # apart from "trained"
     print("\nThe floors need no training: the commonest label, the share of shared words, and the "
           "cosine of the\nencoder's own vectors. ± is the standard error of the difference, "
           "row by row.")
