@@ -241,20 +241,25 @@ class Encoded:
         "How many rows lose tokens to `max_length`."
         return int((self.lengths(pairs, 10**9) > max_length).sum())
 
+    def take(self,
+        index:Iterable[int], # row numbers
+    ) -> "Encoded":
+        "These rows, in this order."
+        index = list(index)
+        ids = [self.ids[i] for i in index]
+        return replace(self, rows=self.rows.take(index), ids=ids, sizes=self.sizes[index])
+
     def sample(self,
         n:int, # rows; all, if there are no more
     ) -> "Encoded":
         "Rows drawn at random, the same every time: a file may be sorted by its labels."
-        index = self.rows.pick(n)
-        ids = [self.ids[i] for i in index]
-        return replace(self, rows=self.rows.take(index), ids=ids, sizes=self.sizes[index])
+        return self.take(self.rows.pick(n))
 
     def head(self,
         n:int, # rows
     ) -> "Encoded":
         "The first n rows: for a trial, never for a score."
-        n = min(n, len(self))
-        return replace(self, rows=self.rows.take(range(n)), ids=self.ids[:n], sizes=self.sizes[:n])
+        return self.take(range(min(n, len(self))))
 
 # %% ../nbs/00_data.ipynb #50579ffc
 def encode(
