@@ -561,15 +561,12 @@ def plot_forest(
         for e in lines.itertuples():
             _draw_contrast(panel, e.y, e)
     ax, last = axes[0, 0], axes[0, -1]
-    for e in lines.itertuples():
-        said = {1.03: (_signed(e.ours, 3) if headings else verdict_words(e), _color(e))}
-        if headings and not np.isnan(e.report):
-            said[1.15] = _signed(e.report, 3), "#777777"
-        for x, (text, color) in said.items():
-            last.annotate(text, (x, e.y), xycoords=("axes fraction", "data"), va="center",
-                          fontsize=9, color=color)
-    for x, text in ((1.03, "ours"), (1.15, "report's")) if headings else ():
-        last.annotate(text, (x, 1.01), xycoords="axes fraction", fontsize=9, color="#777777")
+    if headings:
+        _write_column(last, 1.03, lines, lambda e: _signed(e.ours, 3), _color, "ours")
+        told = lines[lines.report.notna()]
+        _write_column(last, 1.15, told, lambda e: _signed(e.report, 3), title="report's")
+    else:
+        _write_column(last, 1.03, lines, verdict_words, _color)
     low, high = np.nanmin([lines.low, lines.report]), np.nanmax([lines.high, lines.report])
     ax.set_yticks([*lines.y, *titles.values()], [*lines.name, *titles])
     for label in ax.get_yticklabels()[len(lines):]:
@@ -582,6 +579,14 @@ def plot_forest(
     fig.supxlabel(f"difference of the {score} dev score\n● ours, 95 %   ◇ the report's   "
                   f"grey: too small to matter{words}", fontsize=9)
     return tuple(axes[0])
+
+def _write_column(ax, x, lines, text, color=lambda e: "#777777", title=""):
+    "Words or figures to the right of a panel, each beside its line."
+    for e in lines.itertuples():
+        ax.annotate(text(e), (x, e.y), xycoords=("axes fraction", "data"), va="center",
+                    fontsize=9, color=color(e))
+    if title:
+        ax.annotate(title, (x, 1.01), xycoords="axes fraction", fontsize=9, color="#777777")
 
 def _in_groups(lines, headings):
     "Lines with their height y from the top, and heading → y."
