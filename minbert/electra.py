@@ -281,9 +281,9 @@ def forward(self:Electra,
         if self.training:                           # the same pass serves the discriminator
             self._carried = batch, self.fill(batch, logits)
         return logits
-    filled, ids = self._carried                     # what the mlm step forged, and its forgery
+    source, ids = self._carried                     # the batch that the mlm step forged
     self._carried = None, None
-    if filled is not batch:                         # no stored forgery: forge afresh
+    if source is not batch:                         # no stored forgery: forge afresh
         ids = self.corrupt(batch)
     return self.judge(batch, ids)
 
