@@ -88,6 +88,12 @@ def test_no_placeholder_is_left_in_what_a_page_says():
             assert not left, f"{path.name}, cell {k}: {left[0]}"
 
 
+def test_no_caption_holds_a_link():
+    for path in NOTEBOOKS:
+        for line in path.read_text().split("\\n"):
+            assert not re.search(r'#\| fig-cap:.*\]\(', line), f"{path.name}: a caption shows a link as it is written"
+
+
 def is_patch(node):
     "Whether a function is a method that is taught after its class (fastcore's `@patch`)."
     return any("patch" in ast.unparse(d) for d in node.decorator_list)
