@@ -724,7 +724,7 @@ _mlm = "10_mlm#Hiding words"
     only_mask=Mistake("puts [MASK] for every choice",
         "Of the chosen tokens 80% become [MASK], 10% another token, 10% stay.", _mlm),
     nested=Mistake("takes 10% of the rest instead of 10% of all choices",
-        "After 80% have become [MASK], half of the remaining ones (not a tenth) become random "
+        "After 80% have become [MASK], half of the remaining ones, not a tenth, must become random "
         "tokens.", _mlm),
     specials=Mistake("chooses [CLS] and [SEP], too",
         "Special tokens are never masked.", _mlm),
