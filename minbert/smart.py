@@ -115,10 +115,10 @@ def sup_norm(
     by_example = by_row.view(parts, -1).amax(0)                   # (b,); i and b + i are a pair
     return by_example.repeat(parts)[:, None, None].clamp(min=torch.finfo(g.dtype).tiny)
 
-def _to_unit(delta, g, c, parts):
-    "smart-pytorch's rule, without projection: the raw gradient; each token's largest entry to 1."
-    step = delta + c.eta * g
-    return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
+def _to_box(delta, g, c, parts):
+    "The paper's step: along the normalised gradient, then back into the box."
+    r = radius(c.eps, delta.dtype)                 # ε, rounded down so that no clamp leaves the box
+    return (delta + c.eta * g / sup_norm(g, parts)).clamp(-r, r)
 
 # %% ../nbs/09_smart.ipynb #b6118990
 def smart_perturb(
@@ -148,10 +148,10 @@ def smart_perturb(
         delta = move(delta.detach(), g, c, parts) * keep
     return delta
 
-def _to_box(delta, g, c, parts):
-    "The paper's step: along the normalised gradient, then back into the box."
-    r = radius(c.eps, delta.dtype)                 # ε, rounded down so that no clamp leaves the box
-    return (delta + c.eta * g / sup_norm(g, parts)).clamp(-r, r)
+def _to_unit(delta, g, c, parts):
+    "smart-pytorch's rule, without projection: the raw gradient; each token's largest entry to 1."
+    step = delta + c.eta * g
+    return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
 
 # %% ../nbs/09_smart.ipynb #e968af73
 def same_dropout(
