@@ -94,6 +94,27 @@ def test_no_caption_holds_a_link():
             assert not re.search(r'#\| fig-cap:.*\]\(', line), f"{path.name}: a caption shows a link as it is written"
 
 
+def headings(path):
+    "The anchors of a page: its headings as pandoc names them, and its labelled figures."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells)
+    shown = ["".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", [])]
+    heads = re.findall(r"^#{1,5} +(.+)$", "\n".join([text, *shown]), re.M)
+    plain = (re.sub(r"[^\w\s.-]", "", h.replace("`", "")).strip().lower() for h in heads)
+    return {re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", h)) for h in plain} | set(re.findall(r"#\| label: (\S+)", text)) | set(
+        re.findall(r"\{#([\w-]+)", text))
+
+
+def test_links_reach_a_heading():
+    "A heading that is renamed takes every link to it along; the site's own test says the same, minutes later."
+    there = {p.name: headings(p) for p in NOTEBOOKS}
+    pages = [(p.name, "".join(s for _, s in sources(p))) for p in NOTEBOOKS] + [("README.md", (ROOT/"README.md").read_text(encoding="utf-8"))]
+    found = [(name, page or name, anchor) for name, text in pages for page, anchor in re.findall(r"\]\(([\w.]*?\.ipynb)?#([^)\s{}]+)\)", text)]
+    assert len(found) > 100
+    lost = [f"{name}: {page}#{anchor}" for name, page, anchor in found if page in there and anchor not in there[page]]
+    assert not lost, lost
+
+
 def is_patch(node):
     "Whether a function is a method that is taught after its class (fastcore's `@patch`)."
     return any("patch" in ast.unparse(d) for d in node.decorator_list)
