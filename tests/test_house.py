@@ -109,7 +109,7 @@ def test_links_reach_a_heading():
     "A heading that is renamed takes every link to it along; the site's own test says the same, minutes later."
     there = {p.name: headings(p) for p in NOTEBOOKS}
     pages = [(p.name, "".join(s for _, s in sources(p))) for p in NOTEBOOKS] + [("README.md", (ROOT/"README.md").read_text(encoding="utf-8"))]
-    found = [(name, page or name, anchor) for name, text in pages for page, anchor in re.findall(r"\]\(([\w.]*?\.ipynb)?#([^)\s{}]+)\)", text)]
+    found = [(name, page or name, anchor) for name, text in pages for page, anchor in re.findall(r"\]\((?:[^)\s]*/)?([\w.]+\.ipynb)?#([^)\s{}]+)\)", text)]
     assert len(found) > 100
     lost = [f"{name}: {page}#{anchor}" for name, page, anchor in found if page in there and anchor not in there[page]]
     assert not lost, lost
