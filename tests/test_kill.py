@@ -169,6 +169,12 @@ def kill_after(process, condition):
     assert process.wait() == -signal.SIGKILL, "finished before it was killed"
 
 
+def kept_state(out):
+    "The newest state of a killed run: a kill between two renames leaves only the one before."
+    last = out / "state" / "last.safetensors"
+    return last if last.exists() else last.with_name("before.safetensors")
+
+
 def test_killed_after_the_first_saved_state(uninterrupted, data_dir, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([str(PROGRAM), *RUN, "--data", str(data_dir), "--out", str(out)],
@@ -188,13 +194,11 @@ def test_killed_after_the_first_saved_state(uninterrupted, data_dir, tmp_path):
 
 def test_killed_again_and_again(uninterrupted, data_dir, tmp_path):
     out, steps = tmp_path / "run", 0
-    state = out / "state" / "last.safetensors"
     for wait in (.03, .11):
         process = start(soon.format(nth=2, wait=wait, what="SIGKILL"), out, data_dir)
         process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, "finished before it was killed"
-        kept = state if state.exists() else state.with_name("before.safetensors")   # killed between two renames
-        with safe_open(kept, "pt") as f:
+        with safe_open(kept_state(out), "pt") as f:
             now = int(f.metadata()["step"])
         assert now > steps
         steps = now
@@ -287,11 +291,10 @@ def test_methods_go_on_as_if_nothing_had_happened(args, data_dir, tmp_path):
     whole = finished(data_dir, tmp_path / "whole", args)
     out = tmp_path / "out" / "run"
     out.parent.mkdir()
-    state = out / "state" / "last.safetensors"
     process = start(soon.format(nth=6, wait=.02, what="SIGKILL"), out, data_dir, args)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, "finished before it was killed"
-    with safe_open(state, "pt") as f:
+    with safe_open(kept_state(out), "pt") as f:
         assert args is READING or any(k.startswith("plug.") for k in f.keys())
         assert args is METHODS or int(f.metadata()["step"]) % 2 == 0
     finished(data_dir, out, args, "--resume")
