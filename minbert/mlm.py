@@ -76,6 +76,10 @@ def choose_words(
     word = np.cumsum(~continues[ids]) # (n,) number of the word that a token belongs to
     return np.sort(_choose_words(word, max(1, round(rate * len(ids))), rng))
 
+def _chooser(masking, facts):
+    "How tokens are chosen: one by one, or by whole words."
+    return partial(choose_words, continues=facts.continues) if masking.whole_words else choose
+
 
 # %% ../nbs/10_mlm.ipynb #dfcce220
 def choose(
@@ -135,7 +139,7 @@ def mask_texts(
 ) -> TextBatch: # padded to the longest text
     "Put texts together, choose tokens and disguise them."
     n = max(map(len, rows)) + 2
-    pick = partial(choose_words, continues=facts.continues) if masking.whole_words else choose
+    pick = _chooser(masking, facts) # by token, as a rule
     ids = np.zeros((len(rows), n), np.int64)
     mask = np.zeros((len(rows), n), np.int64)
     places = []

@@ -105,6 +105,12 @@ def radius(
         r = torch.nextafter(r, torch.zeros_like(r))
     return float(r)
 
+def _to_unit(delta, g, c, parts):
+    "smart-pytorch's rule, without projection: the raw gradient; each token's largest entry to 1."
+    step = delta + c.eta * g
+    return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
+
+
 # %% ../nbs/09_smart.ipynb #8965cf7d
 def sup_norm(
     g:Tensor, # (r, n, d) gradients of the rows
@@ -137,7 +143,7 @@ def smart_perturb(
     if rest or not parts:
         raise UserError(f"SMART: {len(x)} rows of vectors do not belong to {len(y)} answers")
     keep = 1. if mask is None else mask[..., None].to(x.dtype)    # (r, n, 1)
-    move = _to_box if c.project else _to_unit
+    move = _to_box if c.project else _to_unit # smart-pytorch's rule, only for comparison
     if noise is None:
         noise = c.sigma * torch.randn_like(x)
     delta = noise * keep
@@ -148,10 +154,6 @@ def smart_perturb(
         delta = move(delta.detach(), g, c, parts) * keep
     return delta
 
-def _to_unit(delta, g, c, parts):
-    "smart-pytorch's rule, without projection: the raw gradient; each token's largest entry to 1."
-    step = delta + c.eta * g
-    return step / (step.abs().amax(-1, keepdim=True) + 1e-6)
 
 # %% ../nbs/09_smart.ipynb #e968af73
 def same_dropout(
