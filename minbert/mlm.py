@@ -139,7 +139,7 @@ def mask_texts(
 ) -> TextBatch: # padded to the longest text
     "Put texts together, choose tokens and disguise them."
     n = max(map(len, rows)) + 2
-    pick = _chooser(masking, facts) # by token, as a rule
+    pick = _chooser(masking, facts) # choose, as above
     ids = np.zeros((len(rows), n), np.int64)
     mask = np.zeros((len(rows), n), np.int64)
     places = []
