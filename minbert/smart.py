@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['answer_distances', 'settings', 'sym_kl', 'bernoulli_sym_kl', 'squared_error', 'distance_for', 'Smart', 'radius',
-           'sup_norm', 'smart_perturb', 'same_dropout', 'smart_penalty', 'EmbeddingHook', 'follow', 'SmartPlug']
+           'sup_norm', 'smart_perturb', 'same_dropout', 'smart_penalty', 'EmbeddingHook', 'follow', 'bregman_term',
+           'SmartPlug']
 
 # %% ../nbs/09_smart.ipynb #a25aa48d
 import copy
@@ -298,6 +299,20 @@ def follow(
     for slow, p in zip(teacher.buffers(), student.buffers()):
         slow.copy_(p)
 
+def bregman_term(
+    teacher:nn.Module, # θ̃, in evaluation mode
+    student:nn.Module, # θ; says which distance a task has
+    task:str, # its name
+    batch, # what the student was asked
+    out, # its answers, with their gradient
+) -> Tensor: # a scalar, to be multiplied by μ
+    "How far the student's answers are from the teacher's."
+    with torch.no_grad():
+        target = _logits(teacher(task, batch))
+    y = _logits(out)
+    return distance_for(y, student, task)(y, target)
+
+
 # %% ../nbs/09_smart.ipynb #f856fa0f
 class SmartPlug(Plug):
     "SMART in the training loop."
@@ -348,10 +363,7 @@ class SmartPlug(Plug):
 
     def bregman(self, task, batch, out) -> Tensor:
         "How far the answer is from the teacher's."
-        with torch.no_grad():
-            target = _logits(self.teacher(task, batch))
-        y = _logits(out)
-        return distance_for(y, self.model, task)(y, target)
+        return bregman_term(self.teacher, self.model, task, batch, out)
 
     def beta(self, step) -> float:
         "β of an update; steps are counted from 0."
