@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hide_all', 'reading_presets', 'Masking', 'TokenFacts', 'choose_words', 'choose', 'disguise', 'TextBatch',
-           'mask_texts', 'pretraining_texts', 'tokenise', 'MlmHead', 'token_counts', 'encoder_flops', 'MlmModel',
+           'mask_texts', 'pretraining_texts', 'tokenise', 'MlmHead', 'token_counts', 'MlmModel', 'encoder_flops',
            'set_dropout', 'PretrainConfig', 'TextData']
 
 # %% ../nbs/10_mlm.ipynb #c410cf82
@@ -248,24 +248,6 @@ def start_at_frequencies(self:MlmHead,
     "Let the bias be the log frequency of each token."
     self.bias.copy_(torch.from_numpy(np.log((count + 1) / (count + 1).sum())))
 
-# %% ../nbs/10_mlm.ipynb #5d14be7b
-def encoder_flops(
-    c:BertConfig, # sizes
-    r:int, # texts
-    n:int, # tokens in each, padding included
-) -> int: # of one forward pass
-    "Operations in the layers' matrix products, a multiplication and an addition counting two."
-    d, m = c.hidden_size, c.intermediate_size
-    return 2 * c.num_hidden_layers * r * n * (4 * d * d + 2 * n * d + 2 * d * m)
-
-@patch
-def flops(self:MlmHead,
-    k:int, # chosen places
-) -> int: # of one forward pass
-    "Operations of the head's products, a multiplication and an addition counting two."
-    e, d = self.dense.weight.shape
-    return 2 * k * (d * e + e * len(self.bias))
-
 # %% ../nbs/10_mlm.ipynb #14e9adff
 class MlmModel(nn.Module):
     "A BERT that guesses hidden words, as the training loop wants it."
@@ -302,6 +284,83 @@ class MlmModel(nn.Module):
         return F.cross_entropy(out.float(), batch.targets)
 
 # %% ../nbs/10_mlm.ipynb #4c66fa21
+@patch
+@torch.no_grad()
+def guess(self:MlmModel,
+    batches:list[TextBatch], # held-out texts
+) -> dict[str, np.ndarray]: # data set → (2, k): loss in nats and hit at each chosen place
+    "Loss and hit at every chosen place of held-out text."
+    found = {}
+    device = next(self.parameters()).device
+    with evaluating(self):
+        for b in batches:
+            b = b.to(device)
+            with autocast(device):
+                logits = self("mlm", b).float()
+            loss = F.cross_entropy(logits, b.targets, reduction="none")
+            hit = (logits.argmax(-1) == b.targets).float()
+            found.setdefault(b.source, []).append(torch.stack([loss, hit]).cpu().numpy())
+    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+
+@patch
+@torch.no_grad()
+def measure(self:MlmModel,
+    held:list[TextBatch], # from TextData.held
+) -> dict[str, float]: # held_loss (nats), held_accuracy, and both with _NAME for each data set
+    "How well the hidden tokens of held-out text are guessed."
+    found = self.guess(held)
+    all_places = {"": np.concatenate([*found.values()], axis=1)}
+    scores = {}
+    for name, (loss, hit) in (all_places | found).items():
+        tail = f"_{name}" if name else ""
+        scores[f"held_loss{tail}"] = float(loss.mean())
+        scores[f"held_accuracy{tail}"] = float(hit.mean(dtype=np.float64))
+    return scores
+
+@patch
+@torch.no_grad()
+def fill_blank(self:MlmModel,
+    text:str, # with [MASK] where a token is missing
+    k:int=5, # guesses for each blank
+) -> list[list[tuple[str, float]]]: # for each blank (token, probability), best first
+    "The model's best guesses for each blank."
+    facts = TokenFacts(self.vocab)
+    tokenizer = load_tokenizer(self.vocab, self.bert.lowercase)
+    if "[MASK]" not in text:
+        raise UserError("no [MASK] in this text: put it where a token is to be guessed")
+    ids = [facts.cls]
+    for part in text.split("[MASK]"):
+        ids += [*tokenizer.encode(part, add_special_tokens=False).ids, facts.mask]
+    ids[-1] = facts.sep # no blank follows the last part
+    ids = torch.tensor([ids], device=next(self.parameters()).device)
+    at = (ids[0] == facts.mask).nonzero().flatten()
+    with evaluating(self):
+        p = self("mlm", TextBatch(ids, torch.ones_like(ids), at, ids)).float().softmax(-1)
+    best = p.cpu().topk(k)
+    found = []
+    for tokens, chances in zip(best.indices.tolist(), best.values.tolist()):
+        found.append([(self.vocab[i], x) for i, x in zip(tokens, chances)])
+    return found
+
+
+# %% ../nbs/10_mlm.ipynb #5d14be7b
+def encoder_flops(
+    c:BertConfig, # sizes
+    r:int, # texts
+    n:int, # tokens in each, padding included
+) -> int: # of one forward pass
+    "Operations in the layers' matrix products, a multiplication and an addition counting two."
+    d, m = c.hidden_size, c.intermediate_size
+    return 2 * c.num_hidden_layers * r * n * (4 * d * d + 2 * n * d + 2 * d * m)
+
+@patch
+def flops(self:MlmHead,
+    k:int, # chosen places
+) -> int: # of one forward pass
+    "Operations of the head's products, a multiplication and an addition counting two."
+    e, d = self.dense.weight.shape
+    return 2 * k * (d * e + e * len(self.bias))
+
 def set_dropout(
     model:nn.Module, # any
     p:float, # share of zeros
@@ -343,39 +402,6 @@ def flops(self:MlmModel,
 
 @patch
 @torch.no_grad()
-def guess(self:MlmModel,
-    batches:list[TextBatch], # held-out texts
-) -> dict[str, np.ndarray]: # data set → (2, k): loss in nats and hit at each chosen place
-    "Loss and hit at every chosen place of held-out text."
-    found = {}
-    device = next(self.parameters()).device
-    with evaluating(self):
-        for b in batches:
-            b = b.to(device)
-            with autocast(device):
-                logits = self("mlm", b).float()
-            loss = F.cross_entropy(logits, b.targets, reduction="none")
-            hit = (logits.argmax(-1) == b.targets).float()
-            found.setdefault(b.source, []).append(torch.stack([loss, hit]).cpu().numpy())
-    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
-
-@patch
-@torch.no_grad()
-def measure(self:MlmModel,
-    held:list[TextBatch], # from TextData.held
-) -> dict[str, float]: # held_loss (nats), held_accuracy, and both with _NAME for each data set
-    "How well the hidden tokens of held-out text are guessed."
-    found = self.guess(held)
-    all_places = {"": np.concatenate([*found.values()], axis=1)}
-    scores = {}
-    for name, (loss, hit) in (all_places | found).items():
-        tail = f"_{name}" if name else ""
-        scores[f"held_loss{tail}"] = float(loss.mean())
-        scores[f"held_accuracy{tail}"] = float(hit.mean(dtype=np.float64))
-    return scores
-
-@patch
-@torch.no_grad()
 def show(self:MlmModel,
     held:list[TextBatch], # from TextData.held
     row:int=0, # of the last batch
@@ -392,30 +418,6 @@ def show(self:MlmModel,
         words.append(f"[{self.vocab[guessed[place]]}|{word}]" if place in guessed else word)
     return " ".join(words)
 
-@patch
-@torch.no_grad()
-def fill_blank(self:MlmModel,
-    text:str, # with [MASK] where a token is missing
-    k:int=5, # guesses for each blank
-) -> list[list[tuple[str, float]]]: # for each blank (token, probability), best first
-    "The model's best guesses for each blank."
-    facts = TokenFacts(self.vocab)
-    tokenizer = load_tokenizer(self.vocab, self.bert.lowercase)
-    if "[MASK]" not in text:
-        raise UserError("no [MASK] in this text: put it where a token is to be guessed")
-    ids = [facts.cls]
-    for part in text.split("[MASK]"):
-        ids += [*tokenizer.encode(part, add_special_tokens=False).ids, facts.mask]
-    ids[-1] = facts.sep # no blank follows the last part
-    ids = torch.tensor([ids], device=next(self.parameters()).device)
-    at = (ids[0] == facts.mask).nonzero().flatten()
-    with evaluating(self):
-        p = self("mlm", TextBatch(ids, torch.ones_like(ids), at, ids)).float().softmax(-1)
-    best = p.cpu().topk(k)
-    found = []
-    for tokens, chances in zip(best.indices.tolist(), best.values.tolist()):
-        found.append([(self.vocab[i], x) for i, x in zip(tokens, chances)])
-    return found
 
 # %% ../nbs/10_mlm.ipynb #6a924215
 @dataclass(frozen=True)
