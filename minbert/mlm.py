@@ -101,7 +101,7 @@ def disguise(
 ) -> np.ndarray: # (k,) what the encoder sees in their place
     "Some become [MASK], some a random token, the rest stay."
     lot = rng.random(len(ids))
-    other = rng.choice(facts.ordinary, len(ids))
+    other = rng.choice(facts.ordinary, len(ids)) # any token but the special ones
     changed = np.where(lot < masking.mask + masking.random, other, ids)
     return np.where(lot < masking.mask, facts.mask, changed)
 
@@ -139,7 +139,7 @@ def mask_texts(
 ) -> TextBatch: # padded to the longest text
     "Put texts together, choose tokens and disguise them."
     n = max(map(len, rows)) + 2
-    pick = _chooser(masking, facts) # choose, as above
+    pick = _chooser(masking, facts) # choose; or choose_words
     ids = np.zeros((len(rows), n), np.int64)
     mask = np.zeros((len(rows), n), np.int64)
     places = []
