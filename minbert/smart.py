@@ -299,6 +299,8 @@ def follow(
     for slow, p in zip(teacher.buffers(), student.buffers()):
         slow.copy_(p)
 
+
+# %% ../nbs/09_smart.ipynb #bregman-term
 def bregman_term(
     teacher:nn.Module, # θ̃, in evaluation mode
     student:nn.Module, # θ; says which distance a task has
