@@ -165,9 +165,9 @@ def same_dropout(
     def repeated(x):
         "f with the draws of its first call."
         if not drawn:
-            drawn.append(random_state(x.device))
+            drawn.append(random_state(x.device)) # before the first draw
             return f(x)
-        with replayed(drawn[0], x.device):
+        with replayed(drawn[0], x.device): # from there again
             return f(x)
     return repeated
 
