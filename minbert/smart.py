@@ -42,7 +42,7 @@ def squared_error(
     a:Tensor, # scores (b,)
     b:Tensor, # scores (b,)
 ) -> Tensor: # mean over the rows
-    "(p - q)², in the units of the head's output."
+    "(a - b)², in the units of the head's output."
     return (a - b).square().mean()
 
 # %% ../nbs/09_smart.ipynb #a09109af
