@@ -112,7 +112,7 @@ def proportional(
     return (draw(step) for step in count())
 
 # %% ../nbs/05_round_robin.ipynb #00f7b661
-mixings = {"single": single, "round_robin": round_robin, "summed": summed} # by name
+mixings = {"single": single, "round_robin": round_robin, "summed": summed} # the draws need sizes
 
 # %% ../nbs/05_round_robin.ipynb #3f9d211d
 def epoch_steps(
