@@ -6,7 +6,7 @@ import pytest
 
 from conftest import NOTEBOOKS, ROOT
 
-ORDER = ("core files checkpoints stats data attention bert optim heads mixing train pcgrad conflicts smart mlm electra fast processes runs "
+ORDER = ("core files checkpoints stats data attention bert optim heads mixing train pcgrad conflicts smart mlm electra electra_study fast processes runs "
          "recipes results bench mistakes check cli").split()
 ALONE = ("attention", "optim", "mixing", "pcgrad", "smart")      # to be lifted out: they import core at most
 NAMES_TASKS = ("data", "recipes", "results")                     # all others work on any tasks
