@@ -98,7 +98,8 @@ def compare(
         low, high = mean_interval(x)
         verdict = decide((low, high), margin)
         if verdict in ("better", "worse") and p >= .05:
-            verdict = "open (Holm)"             # among so many, luck may do it
+            inside = max(abs(low), abs(high)) < margin
+            verdict = "equal" if inside else "open (Holm)" # among so many it may be luck
         found[name] = {"difference": np.mean(x), "low": low, "high": high,
                        "p": p, "verdict": verdict}
     return pd.DataFrame.from_dict(found, orient="index")
