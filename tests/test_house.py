@@ -1,5 +1,5 @@
 """Rules that hold themselves: who may import what, what a chapter may weigh, and that outputs are fresh."""
-import ast, json, re, subprocess, sys
+import ast, html, json, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +86,24 @@ def test_no_placeholder_is_left_in_what_a_page_says():
             said += ["".join(o.get("data", {}).get("text/markdown", "")) for o in cell.get("outputs", [])]
             left = [x for text in said for x in unfilled(text)]
             assert not left, f"{path.name}, cell {k}: {left[0]}"
+
+
+def objects(text):
+    "Python objects that reached a page instead of what they stand for."
+    return re.findall(r"functools\.partial\(|<function |<built-in|<bound method|<generator object| object at 0x", text)
+
+
+def test_no_page_shows_a_python_object():
+    "A name that a later cell gave to something else once printed a list of functions in the middle of a sentence."
+    assert objects("alone, [(functools.partial(<function plan_later>, 'wide climb'), 1)] of 15") and objects("<x.Y object at 0x7f>")
+    assert not objects("a function of its object at home: <b>built-in</b>")
+    for path in NOTEBOOKS:
+        for k, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+            for o in cell.get("outputs", []):
+                kinds = [v for kind, v in o.get("data", {}).items() if kind in ("text/plain", "text/markdown", "text/html")]
+                shown = ["".join(x) for x in [o.get("text", ""), *kinds]]
+                left = [x for text in shown for x in objects(html.unescape(text))]
+                assert not left, f"{path.name}, cell {k}: {left[0]}"
 
 
 def test_no_caption_holds_a_link():
