@@ -111,7 +111,6 @@ def proportional(
         return [(task, next(feeds[task]))]
     return (draw(step) for step in count())
 
-# %% ../nbs/05_round_robin.ipynb #00f7b661
 mixings = {"single": single, "round_robin": round_robin, "summed": summed} # the draws need sizes
 
 # %% ../nbs/05_round_robin.ipynb #3f9d211d
