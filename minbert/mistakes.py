@@ -925,8 +925,8 @@ _costs = {
         "accuracy of sentiment -0.018 ± 0.008, correlation of similarity "
         "-0.013 ± 0.009 (9 pairs of runs, chapter 09b)",
     ("gdes", "copied"):
-        "overall score -0.015 ± 0.043 "
-        "(small encoders from scratch, NES against GDES, 3 seeds, chapter 11c)",
+        "overall score -0.002 ± 0.003 "
+        "(small encoders, NES against GDES, 5 seeds, chapter 11b)",
     ("adamw", "no decay"):
         "accuracy of sentiment +0.001 in a short run, ±0.03 uncertain by the size "
         "of dev alone (λ = 0.01, 2 seeds, chapter 03)"}
