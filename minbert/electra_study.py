@@ -18,7 +18,7 @@ from .bert import BertModel
 from .core import evaluating
 from .data import Corpus, Rows, collate, encode, load_tokenizer
 from .electra import Electra, make_generator, pretraining_model
-from .heads import metrics
+from .heads import metrics, overall
 from .mlm import MlmModel, PretrainConfig, TextBatch, set_dropout, token_counts
 from .stats import decide, holm, mean_interval
 
@@ -148,7 +148,7 @@ def probe(
     corpus:Corpus, # tasks to learn
     rows:int=10_000, # training rows of a task, at most
     dev_rows:int=2000, # dev rows of a task, at most
-) -> dict[str, dict[str, float]]: # what the linear layer sees → task → dev score
+) -> dict[str, dict[str, float]]: # what the linear layer sees → task, and overall → dev score
     "What a linear layer can learn from an encoder that does not change."
     views = {"every level": slice(None), "last layer": slice(-1, None)}
     found = {view: {} for view in views}
@@ -160,6 +160,8 @@ def probe(
             said = linear_answers(probe_features(seen[levels]), train,
                                   probe_features(new[levels]))
             found[view][name] = round(metrics[task.metric](said, dev.labels), 5)
+    for scores in found.values():
+        scores["overall"] = round(overall(scores, corpus.tasks)["overall"], 5)
     return found
 
 # %% ../nbs/11b_electra_study.ipynb #11b0comp
@@ -172,10 +174,9 @@ def compare(
     found = {}
     for (name, x), p in zip(gaps.items(), corrected):
         low, high = mean_interval(x)
-        verdict = decide((low, high), margin)
-        if verdict in ("better", "worse") and p >= .05:
-            inside = max(abs(low), abs(high)) < margin
-            verdict = "equal" if inside else "open (Holm)" # among so many it may be luck
+        verdict, alone = decide((low, high), margin, p), decide((low, high), margin)
+        if verdict == "open" != alone:
+            verdict = "open (Holm)"             # read alone it would have been decided
         found[name] = {"difference": np.mean(x), "low": low, "high": high,
                        "p": p, "verdict": verdict}
     return pd.DataFrame.from_dict(found, orient="index")

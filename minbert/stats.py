@@ -20,14 +20,15 @@ from scipy.stats import t as student
 def decide(
     interval:tuple[float, float], # low and high end, of the difference
     margin:float, # largest difference that still counts as none
+    p:float=0., # from holm, where many are read together; 0: read alone
 ) -> str: # better, worse, equal or open
     "What an interval of a difference says."
     low, high = interval
     if not low <= high:
         raise ValueError(f"({low}, {high}) is no interval")
-    if low > 0:
+    if low > 0 and p < .05:
         return "better"
-    if high < 0:
+    if high < 0 and p < .05:
         return "worse"
     return "equal" if -margin < low and high < margin else "open"
 
