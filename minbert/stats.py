@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['decide', 'mean_interval', 'difference_interval', 'standard_error', 'influence', 'Noise', 'Difference',
-           'simulate_coverage', 'holm', 'largest_t', 'wilson', 'newcombe', 'mantel_haenszel', 'partial_correlation',
-           'fisher_interval']
+           'simulate_coverage', 'holm', 'largest_t', 'compare', 'wilson', 'newcombe', 'mantel_haenszel',
+           'partial_correlation', 'fisher_interval']
 
 # %% ../nbs/A4_stats.ipynb #8b7cdecf
 from dataclasses import dataclass
@@ -222,6 +222,23 @@ def largest_t(
     z = rng.multivariate_normal(np.zeros(len(correlation)), correlation, draws, method="eigh")
     t = z / np.sqrt(rng.chisquare(min(df, 1e6), draws) / min(df, 1e6))[:, None]
     return float(np.quantile(np.abs(t).max(1), .95))
+
+# %% ../nbs/A4_stats.ipynb #a4compar
+def compare(
+    gaps:dict[object, np.ndarray], # comparison → (seeds,) paired differences, two or more
+    margin:float, # largest difference that still counts as none
+) -> pd.DataFrame: # comparison → difference, low, high, p, verdict
+    "Comparisons that are read together: interval, corrected p and verdict of each."
+    corrected = holm([ttest_1samp(x, 0.).pvalue for x in gaps.values()])
+    rows = []
+    for x, p in zip(gaps.values(), corrected):
+        low, high = mean_interval(x)
+        verdict, alone = decide((low, high), margin, p), decide((low, high), margin)
+        if verdict == "open" != alone:
+            verdict = "open (Holm)"             # read alone it would have been decided
+        rows.append({"difference": np.mean(x), "low": low, "high": high, "p": p,
+                     "verdict": verdict})
+    return pd.DataFrame(rows, index=pd.Index([*gaps]))
 
 # %% ../nbs/A4_stats.ipynb #4b4fb6b5
 def wilson(
