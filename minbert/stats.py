@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['decide', 'mean_interval', 'difference_interval', 'standard_error', 'influence', 'Noise', 'Difference',
-           'simulate_coverage', 'holm', 'largest_t', 'compare', 'wilson', 'newcombe', 'mantel_haenszel',
-           'partial_correlation', 'fisher_interval']
+           'simulate_coverage', 'holm', 'compare', 'wilson', 'newcombe', 'mantel_haenszel', 'partial_correlation',
+           'fisher_interval']
 
 # %% ../nbs/A4_stats.ipynb #8b7cdecf
 from dataclasses import dataclass
@@ -210,18 +210,6 @@ def holm(
     out = np.empty(len(p))
     out[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     return np.minimum(out, 1.)
-
-# %% ../nbs/A4_stats.ipynb #cafc406e
-def largest_t(
-    correlation:np.ndarray, # of the estimates
-    df:float, # degrees of freedom
-    draws:int=200_000, # of the simulation
-) -> float: # 95 % quantile
-    "How far the farthest of several correlated t reaches by chance (Dunnett's quantile)."
-    rng = np.random.default_rng(0)
-    z = rng.multivariate_normal(np.zeros(len(correlation)), correlation, draws, method="eigh")
-    t = z / np.sqrt(rng.chisquare(min(df, 1e6), draws) / min(df, 1e6))[:, None]
-    return float(np.quantile(np.abs(t).max(1), .95))
 
 # %% ../nbs/A4_stats.ipynb #a4compar
 def compare(
