@@ -102,7 +102,7 @@ def proportional(
     "A task drawn at random, in proportion to N^α."
     _some(feeds)
     names = list(feeds)
-    rng = np.random.default_rng([seed, len(names)]) # another stream for another number of tasks
+    rng = np.random.default_rng([seed, len(names)]) # without a task, other draws
     def draw(step):
         "The batch of a step."
         exponent = alpha(step) if callable(alpha) else alpha
