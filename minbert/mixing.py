@@ -22,7 +22,7 @@ def feed(
     "One task's batches: every pass in its own order."
     if not len(pass_batches(0)):
         raise UserError("a task has no training rows")
-    return _pass_after_pass(pass_batches) # a generator runs only at its first next()
+    return _pass_after_pass(pass_batches) # apart, so that the error above comes at once
 
 def _pass_after_pass(pass_batches):
     "The batches of pass 0, 1, 2, …"
@@ -102,7 +102,7 @@ def proportional(
     "A task drawn at random, in proportion to N^α."
     _some(feeds)
     names = list(feeds)
-    rng = np.random.default_rng([seed, len(names)]) # without a task, other draws
+    rng = np.random.default_rng([seed, len(names)]) # fewer tasks, another stream of draws
     def draw(step):
         "The batch of a step."
         exponent = alpha(step) if callable(alpha) else alpha
