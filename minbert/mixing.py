@@ -22,7 +22,7 @@ def feed(
     "One task's batches: every pass in its own order."
     if not len(pass_batches(0)):
         raise UserError("a task has no training rows")
-    return _pass_after_pass(pass_batches) # apart, so that the error above comes at once
+    return _pass_after_pass(pass_batches) # a generator's body runs at its first next() only
 
 def _pass_after_pass(pass_batches):
     "The batches of pass 0, 1, 2, …"
