@@ -214,14 +214,15 @@ def holm(
 # %% ../nbs/A4_stats.ipynb #a4compar
 def compare(
     gaps:dict[object, np.ndarray], # comparison → (seeds,) paired differences, two or more
-    margin:float, # largest difference that still counts as none
+    margin:float|dict[object, float], # largest difference that counts as none; or one for each
 ) -> pd.DataFrame: # comparison → difference, low, high, p, verdict
     "Comparisons that are read together: interval, corrected p and verdict of each."
     corrected = holm([ttest_1samp(x, 0.).pvalue for x in gaps.values()])
+    limits = margin if isinstance(margin, dict) else dict.fromkeys(gaps, margin)
     rows = []
-    for x, p in zip(gaps.values(), corrected):
+    for (key, x), p in zip(gaps.items(), corrected):
         low, high = mean_interval(x)
-        verdict, alone = decide((low, high), margin, p), decide((low, high), margin)
+        verdict, alone = decide((low, high), limits[key], p), decide((low, high), limits[key])
         if verdict == "open" != alone:
             verdict = "open (Holm)"             # read alone it would have been decided
         rows.append({"difference": np.mean(x), "low": low, "high": high, "p": p,
